@@ -14,8 +14,9 @@ using conv3x3::Shape;
 // every task reads all filters, so many channels want many tiles. Measured best: 18 at 64 and 128
 // channels, 24 at 256, about 50 at 512. All threads get the same number of tasks, or nearly so. The
 // results do not depend on the number of tiles.
-int64_t tiles_per_task(const Shape& shape) {
-  return conv::even_share(shape.tiles(), std::clamp<int64_t>(shape.in_channels / 10, 18, 60));
+int64_t tiles_per_task(const Shape& shape, int64_t threads) {
+  return conv::even_share(shape.tiles(), std::clamp<int64_t>(shape.in_channels / 10, 18, 60),
+                          threads);
 }
 
 bool conv3x3_supported(int64_t in_channels, int64_t out_channels) {
@@ -67,12 +68,14 @@ void conv3x3_(at::Tensor out, const at::Tensor& x, const at::Tensor& packed,
   auto* to = static_cast<uint16_t*>(out.data_ptr());
   const auto* from = static_cast<const uint16_t*>(x.const_data_ptr());
   const auto* filters = static_cast<const uint16_t*>(packed.const_data_ptr());
+  const int64_t threads = conv::useful_threads(shape.products());
   conv::parallel_shares(
-      shape.tiles(), tiles_per_task(shape),
+      shape.tiles(), tiles_per_task(shape, threads),
       [&](int64_t count) { return conv3x3::scratch_bytes(shape, count); },
       [&](int64_t first, int64_t count, void* scratch) {
         conv3x3::convolve(to, from, filters, shape, epilogue, first, count, scratch);
-      });
+      },
+      threads);
 }
 
 }  // namespace

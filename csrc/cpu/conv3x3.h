@@ -27,6 +27,7 @@ struct Shape {
   int64_t tiles_down() const { return (height + kTile - 1) / kTile; }
   int64_t tiles_across() const { return (width + kTile - 1) / kTile; }
   int64_t tiles() const { return batch * tiles_down() * tiles_across(); }
+  int64_t products() const { return tiles() * kPoints * in_channels * out_channels; }
 };
 
 // Scratch memory of one task.

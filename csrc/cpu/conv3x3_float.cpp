@@ -46,8 +46,9 @@ void conv3x3_float_pack_(at::Tensor packed, const at::Tensor& weight, const Opti
 }
 
 // As for bfloat16 in conv3x3.cpp. Measured best: 18 at 64 channels, 64 and more from 256 on.
-int64_t tiles_per_task(const Shape& shape) {
-  return conv::even_share(shape.tiles(), std::clamp<int64_t>(shape.in_channels / 4, 18, 72));
+int64_t tiles_per_task(const Shape& shape, int64_t threads) {
+  return conv::even_share(shape.tiles(), std::clamp<int64_t>(shape.in_channels / 4, 18, 72),
+                          threads);
 }
 
 void conv3x3_float_(at::Tensor out, const at::Tensor& x, const at::Tensor& packed,
@@ -67,12 +68,14 @@ void conv3x3_float_(at::Tensor out, const at::Tensor& x, const at::Tensor& packe
   const float *from = x.const_data_ptr<float>(), *filters = packed.const_data_ptr<float>();
   const int64_t span = std::min(conv::padded(shape.out_channels), conv3x3::kFloatSpan);
   const int64_t floats = conv3x3::kPoints * (shape.in_channels + span);  // of a tile
+  const int64_t threads = conv::useful_threads(shape.products());
   conv::parallel_shares(
-      shape.tiles(), tiles_per_task(shape),
+      shape.tiles(), tiles_per_task(shape, threads),
       [&](int64_t count) { return floats * count * int64_t(sizeof(float)); },
       [&](int64_t first, int64_t count, void* scratch) {
         kernel.convolve(to, from, filters, shape, epilogue, first, count, scratch);
-      });
+      },
+      threads);
 }
 
 }  // namespace

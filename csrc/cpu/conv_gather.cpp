@@ -7,37 +7,36 @@
 namespace fastadv {
 namespace {
 
-using conv_gather::places_per_task;
-using conv_gather::Shape;
+using conv_gather::Grid;
+using conv_gather::Grids;
 
 uint16_t* bits(at::Tensor& t) { return static_cast<uint16_t*>(t.data_ptr()); }
 const uint16_t* bits(const at::Tensor& t) {
   return static_cast<const uint16_t*>(t.const_data_ptr());
 }
 
-Shape packed_shape(const at::Tensor& out, const at::Tensor& x, const at::Tensor& packed,
-                   at::IntArrayRef tap_rows, at::IntArrayRef tap_columns, at::IntArrayRef steps,
-                   at::IntArrayRef origin) {
-  const Shape shape = conv_gather::shape_of<uint16_t>(out, x, tap_rows, tap_columns, steps, origin);
-  conv::check_packed(packed, conv::padded(shape.out_channels) * shape.depth());
-  return shape;
+Grids packed_grids(const at::Tensor& out, const at::Tensor& x, const at::Tensor& packed,
+                   at::IntArrayRef tap_rows, at::IntArrayRef tap_columns, at::IntArrayRef taps,
+                   at::IntArrayRef origins, at::IntArrayRef steps) {
+  return conv_gather::grids_of<uint16_t>(
+      out, x, packed, tap_rows, tap_columns, taps, origins, steps,
+      [](const conv_gather::Shape& shape) { return conv::padded(shape.out_channels); });
 }
 
 void conv_gather_(at::Tensor out, const at::Tensor& x, const at::Tensor& packed,
-                  at::IntArrayRef tap_rows, at::IntArrayRef tap_columns, at::IntArrayRef steps,
-                  at::IntArrayRef origin, const OptionalTensor& bias, const OptionalTensor& add,
-                  const OptionalTensor& mask, bool relu) {
-  const Shape shape = packed_shape(out, x, packed, tap_rows, tap_columns, steps, origin);
+                  at::IntArrayRef tap_rows, at::IntArrayRef tap_columns, at::IntArrayRef taps,
+                  at::IntArrayRef origins, at::IntArrayRef steps, const OptionalTensor& bias,
+                  const OptionalTensor& add, const OptionalTensor& mask, bool relu) {
+  const Grids grids = packed_grids(out, x, packed, tap_rows, tap_columns, taps, origins, steps);
   TORCH_CHECK_VALUE(conv::supported() && x.size(1) % 2 == 0,
                     "x's channels must be even on a processor with AVX512-BF16, got ", x.sizes());
   const conv::Epilogue epilogue = conv::make_epilogue(out, bias, add, mask, relu);
-  conv::parallel_shares(
-      shape.places(), places_per_task(shape, sizeof(uint16_t)),
-      [&](int64_t count) { return conv_gather::scratch_bytes(shape, count); },
-      [&, to = bits(out), from = bits(x), filters = bits(packed)](int64_t first, int64_t count,
-                                                                  void* scratch) {
-        conv_gather::convolve(to, from, filters, shape, epilogue, first, count, scratch);
-      });
+  conv_gather::for_places(grids, sizeof(uint16_t), conv_gather::scratch_bytes,
+                          [&, to = bits(out), from = bits(x), filters = bits(packed)](
+                              const Grid& grid, int64_t first, int64_t count, void* scratch) {
+                            conv_gather::convolve(to, from, filters + grid.filters, grid.shape,
+                                                  epilogue, first, count, scratch);
+                          });
 }
 
 bool conv_amx_supported(int64_t in_channels) {
@@ -76,22 +75,23 @@ void conv_amx_pack_(at::Tensor packed, const at::Tensor& weight, const OptionalT
 }
 
 void conv_amx_(at::Tensor out, const at::Tensor& x, const at::Tensor& packed,
-               at::IntArrayRef tap_rows, at::IntArrayRef tap_columns, at::IntArrayRef steps,
-               at::IntArrayRef origin, const OptionalTensor& bias, const OptionalTensor& add,
-               const OptionalTensor& mask, bool relu) {
-  const Shape shape = packed_shape(out, x, packed, tap_rows, tap_columns, steps, origin);
+               at::IntArrayRef tap_rows, at::IntArrayRef tap_columns, at::IntArrayRef taps,
+               at::IntArrayRef origins, at::IntArrayRef steps, const OptionalTensor& bias,
+               const OptionalTensor& add, const OptionalTensor& mask, bool relu) {
+  const Grids grids = packed_grids(out, x, packed, tap_rows, tap_columns, taps, origins, steps);
   TORCH_CHECK_VALUE(conv_amx_supported(x.size(1)),
                     "x's channels must be multiples of 32 on a processor with AMX, got ",
                     x.sizes());
   const conv::Epilogue epilogue = conv::make_epilogue(out, bias, add, mask, relu);
-  if (shape.places() == 0) return;
-  const conv_amx::Plan plan(shape, at::get_num_threads());
-  conv::parallel_shares(
-      plan.parts(), 1, [&](int64_t) { return plan.scratch_bytes(); },
-      [&, to = bits(out), from = bits(x), filters = bits(packed)](int64_t part, int64_t,
-                                                                  void* scratch) {
-        conv_amx::convolve(to, from, filters, plan, epilogue, part, scratch);
-      });
+  for (const Grid& grid : grids) {
+    const conv_amx::Plan plan(grid.shape, at::get_num_threads());
+    conv::parallel_shares(
+        plan.parts(), 1, [&](int64_t) { return plan.scratch_bytes(); },
+        [&, to = bits(out), from = bits(x), filters = bits(packed) + grid.filters](
+            int64_t part, int64_t, void* scratch) {
+          conv_amx::convolve(to, from, filters, plan, epilogue, part, scratch);
+        });
+  }
 }
 
 }  // namespace

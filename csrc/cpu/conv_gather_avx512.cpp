@@ -38,7 +38,7 @@ FASTADV_AVX512 void multiply(uint16_t* out, const Places<uint16_t>& places, int6
   for (int64_t t = 0; t < shape.taps; ++t) {
     const uint16_t* from[rows];
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) from[r] = places.sources[(place + r) * shape.taps + t];
+    for (int r = 0; r < rows; ++r) from[r] = places.under(t, place)[r];
     for (int64_t c = 0; c < shape.in_channels; c += 2) {
       __m512bh filter[vectors];
 #pragma GCC unroll 4
@@ -100,10 +100,11 @@ int64_t scratch_bytes(const Shape& shape, int64_t places) {
 void convolve(uint16_t* out, const uint16_t* x, const uint16_t* packed, const Shape& shape,
               const conv::Epilogue& epilogue, int64_t first, int64_t count, void* scratch) {
   auto* results = static_cast<int64_t*>(scratch);
-  const Places<uint16_t> places{results, reinterpret_cast<const uint16_t**>(results + count)};
+  const Places<uint16_t> places{count, results,
+                                reinterpret_cast<const uint16_t**>(results + count)};
   auto* zeros = reinterpret_cast<uint16_t*>(places.sources + count * shape.taps);
   std::memset(zeros, 0, shape.in_channels * sizeof(uint16_t));
-  find_places(places, zeros, x, shape, first, count);
+  find_places(places, zeros, x, shape, first);
   const int64_t channels = conv::padded(shape.out_channels);
   for (int64_t channel = 0; channel < channels; channel += conv::kWide) {
     const uint16_t* filters = packed + channel * shape.depth();

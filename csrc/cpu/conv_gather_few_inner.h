@@ -5,6 +5,8 @@
 // csrc/cpu/conv_gather_float_inner.h wants, and also defines kSums.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/conv_gather_float_inner.h"
 
 namespace fastadv::conv_gather {
@@ -12,151 +14,137 @@ namespace {
 
 using namespace vec;
 
-// Neighbouring places in a row of the grid.
-struct RowPart {
-  const float* image;   // the input
-  int64_t row, column;  // of the grid
-  int64_t result;       // where the first result lies in the output
-  int64_t count;
+// The pixels that the places of a task read, row by row of the grid, with those around the image:
+// their channels, or pointers to them.
+template <class T>
+class PaddedInputs {
+ public:
+  // `outside` stands for every element of a pixel outside the image.
+  PaddedInputs(void* scratch, const float* x, const Shape& shape, T outside)
+      : x_(x),
+        shape_(shape),
+        outside_(outside),
+        elements_(kPointers ? 1 : shape.in_channels),
+        rows_(reach(shape.tap_rows, shape.taps)),
+        columns_(reach(shape.tap_columns, shape.taps)),
+        line_(padded_width(shape) * elements_),
+        offsets_(static_cast<int64_t*>(scratch)),
+        memory_(reinterpret_cast<T*>(offsets_ + shape.taps)) {
+    for (int64_t t = 0; t < shape.taps; ++t) {
+      offsets_[t] = (shape.tap_rows[t] - rows_.first) * line_ +
+                    (shape.tap_columns[t] - columns_.first) * elements_;
+    }
+  }
+
+  // Calls f for the parts of rows that the places [first, first + count) make, with their pixels
+  // ready.
+  template <class F>
+  void for_row_parts(int64_t first, int64_t count, const F& f) {
+    int64_t ready = 0;  // rows of the grid that f has not seen
+    conv_gather::for_row_parts(shape_, first, count, [&](const RowPart& part) {
+      if (ready == 0) {
+        const int64_t below = shape_.grid_height() - part.row;
+        const int64_t rows = (part.column + count - 1) / shape_.grid_width() + 1;
+        ready = rows < below ? rows : below;
+        read(part.image, part.row, ready);
+      }
+      f(part);
+      --ready;
+      count -= part.count;
+    });
+  }
+
+  // The pixel of a part's place from which the taps' offsets count.
+  const T* at(const RowPart& part, int64_t place) const {
+    const int64_t row = part.row - first_, column = part.column + place;
+    return memory_ + (row * line_ + column * elements_) * shape_.in_step;
+  }
+  const int64_t* offsets() const { return offsets_; }
+
+ private:
+  static constexpr bool kPointers = std::is_pointer_v<T>;
+
+  void read(int64_t image, int64_t first, int64_t rows) {
+    first_ = first;
+    const int64_t channels = shape_.in_channels, height = shape_.in_height;
+    const int64_t before = within(-columns_.first),
+                  behind = within(shape_.in_width - columns_.first);
+    const int64_t lines = padded_height(shape_, rows);
+    for (int64_t r = 0; r < lines; ++r) {
+      const int64_t row = first * shape_.in_step + rows_.first + r;
+      const bool inside = row >= 0 && row < height && before < behind;
+      const int64_t begin = inside ? before : 0, end = inside ? behind : 0;
+      const float* from = x_ + (image * height + row) * shape_.in_width * channels;
+      T* to = memory_ + r * line_;
+      fill(to, 0, begin * elements_);
+      if constexpr (kPointers) {
+        for (int64_t k = begin; k < end; ++k) to[k] = from + (k + columns_.first) * channels;
+      } else {
+        from += columns_.first * channels;
+        for (int64_t k = begin * channels; k < end * channels; ++k) to[k] = from[k];
+      }
+      fill(to, end * elements_, line_);
+    }
+  }
+
+  // A column of a line, at most its end.
+  int64_t within(int64_t column) const {
+    const int64_t width = line_ / elements_;
+    return column < 0 ? 0 : column < width ? column : width;
+  }
+
+  void fill(T* to, int64_t begin, int64_t end) const {
+    for (int64_t k = begin; k < end; ++k) to[k] = outside_;
+  }
+
+  const float* x_;
+  const Shape& shape_;
+  T outside_;
+  int64_t elements_;  // of a pixel
+  Reach rows_, columns_;
+  int64_t line_;      // elements
+  int64_t* offsets_;  // by tap, in elements
+  T* memory_;
+  int64_t first_ = 0;  // row of the grid whose inputs lie first
 };
-
-// Calls f for the parts of rows that the places [first, first + count) make.
-template <class F>
-inline void for_row_parts(const float* x, const Shape& shape, int64_t first, int64_t count,
-                          const F& f) {
-  const int64_t width = shape.grid_width(), height = shape.grid_height();
-  const int64_t image_size = shape.in_height * shape.in_width * shape.in_channels;
-  while (count > 0) {
-    const int64_t image = first / (width * height), i = first / width % height, j = first % width;
-    const int64_t now = count < width - j ? count : width - j;
-    const int64_t row = i * shape.out_step + shape.out_row;
-    const int64_t column = j * shape.out_step + shape.out_column;
-    const int64_t pixel = (image * shape.out_height + row) * shape.out_width + column;
-    f(RowPart{x + image * image_size, i, j, pixel * shape.out_channels, now});
-    first += now;
-    count -= now;
-  }
-}
-
-// The inputs of `places` places of a row from `j` on under tap t; false where their row lies
-// outside the image.
-template <int places>
-FASTADV_LEVEL_INLINE bool find_inputs(const float* (&from)[places], const Shape& shape,
-                                      const RowPart& part, int64_t j, int64_t t,
-                                      const float* zeros) {
-  const int64_t row = part.row * shape.in_step + shape.tap_rows[t];
-  if (row < 0 || row >= shape.in_height) return false;
-  const int64_t column = j * shape.in_step + shape.tap_columns[t];
-  const int64_t last = column + (places - 1) * shape.in_step;
-  const float* line = part.image + row * shape.in_width * shape.in_channels;
-  if (column >= 0 && last < shape.in_width) {
-    const float* input = line + column * shape.in_channels;
-#pragma GCC unroll 8
-    for (int p = 0; p < places; ++p) from[p] = input + p * shape.in_step * shape.in_channels;
-    return true;
-  }
-#pragma GCC unroll 8
-  for (int p = 0; p < places; ++p) {
-    const int64_t at = column + p * shape.in_step;
-    from[p] = at >= 0 && at < shape.in_width ? line + at * shape.in_channels : zeros;
-  }
-  return true;
-}
 
 // What the places of a task have in common.
 struct FewTask {
   float* out;
   const float* packed;
-  const float* zeros;  // as many as input channels
   const Shape& shape;
   const FloatEpilogue& epilogue;
 
   int64_t apart() const { return shape.out_step * shape.out_channels; }  // neighbours' results
 };
 
-// The inputs of a part of a row of the grid, copied with the zeros around them, and where each tap
-// finds its inputs there.
-class PaddedInputs {
- public:
-  PaddedInputs(float* memory, int64_t* offsets, const Shape& shape)
-      : memory_(memory),
-        offsets_(offsets),
-        shape_(shape),
-        rows_(reach(shape.tap_rows, shape.taps)),
-        columns_(reach(shape.tap_columns, shape.taps)) {}
-
-  void copy(const RowPart& part) {
-    const int64_t channels = shape_.in_channels, line = padded_line(shape_, part.count);
-    for (int64_t t = 0; t < shape_.taps && part.count != count_; ++t) {
-      offsets_[t] = (shape_.tap_rows[t] - rows_.first) * line +
-                    (shape_.tap_columns[t] - columns_.first) * channels;
-    }
-    count_ = part.count;
-    const int64_t first = part.column * shape_.in_step + columns_.first;
-    const int64_t width = line / channels, height = shape_.in_height;
-    const int64_t before = within(-first, width), behind = within(shape_.in_width - first, width);
-    for (int64_t r = 0; r < rows_.length; ++r) {
-      const int64_t row = part.row * shape_.in_step + rows_.first + r;
-      float* to = memory_ + r * line;
-      if (row < 0 || row >= height || before >= behind) {
-        fill(to, 0, line);
-        continue;
-      }
-      const float* from = part.image + (row * shape_.in_width + first) * channels;
-      fill(to, 0, before * channels);
-      for (int64_t k = before * channels; k < behind * channels; ++k) to[k] = from[k];
-      fill(to, behind * channels, line);
-    }
-  }
-
-  // The input under tap t of the place `offset` places behind the part's first.
-  const float* under(int64_t t, int64_t offset) const {
-    return memory_ + offsets_[t] + offset * shape_.in_step * shape_.in_channels;
-  }
-
- private:
-  static int64_t within(int64_t value, int64_t high) {
-    return value < 0 ? 0 : value < high ? value : high;
-  }
-
-  static void fill(float* to, int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) to[k] = 0;
-  }
-
-  float* memory_;
-  int64_t* offsets_;  // by tap
-  const Shape& shape_;
-  Reach rows_, columns_;
-  int64_t count_ = 0;  // of the places for which the offsets are right
-};
-
 // All output channels from `channel` on, `vectors` vectors of them, of neighbouring places.
 template <int places, int vectors>
-FASTADV_LEVEL void multiply_from_few(const FewTask& task, const PaddedInputs& inputs,
-                                     const RowPart& part, int64_t offset, int64_t channel) {
+FASTADV_LEVEL void multiply_from_few(const FewTask& task, const float* inputs,
+                                     const int64_t* offsets, int64_t result, int64_t channel) {
   const Shape& shape = task.shape;
   const float* filters = task.packed + channel * shape.depth();
-  const int64_t step = shape.in_step * shape.in_channels;
+  const int64_t step = shape.in_step * shape.in_channels, taps = shape.taps;
+  const int64_t channels = shape.in_channels;
   V sums[places][vectors];
-#pragma GCC unroll 8
+  int64_t at[places];
+#pragma GCC unroll 16
   for (int p = 0; p < places; ++p) {
+    at[p] = result + p * task.apart() + channel;
 #pragma GCC unroll 4
-    for (int n = 0; n < vectors; ++n) sums[p][n] = zero();
-  }
-  for (int p = 0; p < places; ++p) {
     for (int n = 0; n < vectors; ++n) {
-      conv::fetch_ahead(task.out, task.epilogue,
-                        part.result + (offset + p) * task.apart() + channel + n * kLanes);
+      sums[p][n] = zero();
+      conv::fetch_ahead(task.out, task.epilogue, at[p] + n * kLanes);
     }
   }
-  for (int64_t t = 0; t < shape.taps; ++t) {
-    const float* from = inputs.under(t, offset);
-    for (int64_t c = 0; c < shape.in_channels; ++c, ++from) {
+  for (int64_t t = 0; t < taps; ++t) {
+    const float* from = inputs + offsets[t];
+    for (int64_t c = 0; c < channels; ++c, ++from) {
       V filter[vectors];
 #pragma GCC unroll 4
       for (int n = 0; n < vectors; ++n) filter[n] = load(filters + n * kLanes);
       filters += vectors * kLanes;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int p = 0; p < places; ++p) {
         const V input = constant(from[p * step]);
 #pragma GCC unroll 4
@@ -164,34 +152,48 @@ FASTADV_LEVEL void multiply_from_few(const FewTask& task, const PaddedInputs& in
       }
     }
   }
-#pragma GCC unroll 8
-  for (int p = 0; p < places; ++p) {
-    const int64_t result = part.result + (offset + p) * task.apart();
-#pragma GCC unroll 4
-    for (int n = 0; n < vectors; ++n) {
-      const int64_t at = channel + n * kLanes, left = shape.out_channels - at;
-      if (left > 0) {
-        conv::finish(task.out, sums[p][n], task.epilogue, result + at, at, live_lanes(left));
-      }
-    }
+  conv::finish_all(task.out, sums, task.epilogue, at, channel, shape.out_channels);
+}
+
+using MultiplyFromFew = void (*)(const FewTask&, const float*, const int64_t*, int64_t, int64_t);
+
+template <int vectors, class Rows = std::make_integer_sequence<int, rows_of(vectors)>>
+struct MultiplyFromFewBy;
+template <int vectors, int... rows>
+struct MultiplyFromFewBy<vectors, std::integer_sequence<int, rows...>> {
+  static constexpr MultiplyFromFew kOf[] = {multiply_from_few<rows + 1, vectors>...};
+};
+
+template <int vectors>
+void multiply_row(const FewTask& task, const PaddedInputs<float>& inputs, const RowPart& part,
+                  int64_t channel) {
+  for (int64_t offset = 0; offset < part.count;) {
+    const int64_t now = conv::next_rows(part.count - offset, rows_of(vectors));
+    MultiplyFromFewBy<vectors>::kOf[now - 1](task, inputs.at(part, offset), inputs.offsets(),
+                                             part.result + offset * task.apart(), channel);
+    offset += now;
   }
 }
 
-using MultiplyFromFew = void (*)(const FewTask&, const PaddedInputs&, const RowPart&, int64_t,
-                                 int64_t);
-
-template <int vectors>
-constexpr MultiplyFromFew kFromFew[kRows] = {
-    multiply_from_few<1, vectors>, multiply_from_few<2, vectors>, multiply_from_few<3, vectors>,
-    multiply_from_few<4, vectors>, multiply_from_few<5, vectors>, multiply_from_few<6, vectors>};
-
-inline const MultiplyFromFew* from_few_of(int64_t vectors) {
-  if constexpr (kVectors == 4) {
-    if (vectors == 4) return kFromFew<4>;
-    if (vectors == 3) return kFromFew<3>;
-    if (vectors == 1) return kFromFew<1>;
-  }
-  return kFromFew<2>;
+void convolve_from_few(float* out, const float* x, const float* packed, const Shape& shape,
+                       const FloatEpilogue& epilogue, int64_t first, int64_t count, void* scratch) {
+  const FewTask task{out, packed, shape, epilogue};
+  PaddedInputs<float> inputs(scratch, x, shape, 0.f);
+  const int64_t channels = conv::padded(shape.out_channels), block = kVectors * kLanes;
+  inputs.for_row_parts(first, count, [&](const RowPart& part) {
+    for (int64_t channel = 0; channel < channels; channel += block) {
+      const int64_t width = channels - channel;
+      if constexpr (kVectors == 4) {
+        if (width >= 4 * kLanes) {
+          multiply_row<4>(task, inputs, part, channel);
+          continue;
+        }
+        if (width == 3 * kLanes) multiply_row<3>(task, inputs, part, channel);
+        if (width == kLanes) multiply_row<1>(task, inputs, part, channel);
+      }
+      if (kVectors == 2 || width == 2 * kLanes) multiply_row<2>(task, inputs, part, channel);
+    }
+  });
 }
 
 // The sum of a place's products, finished.
@@ -202,31 +204,37 @@ inline float finished(float value, const FloatEpilogue& epilogue, int64_t at, in
   return epilogue.mask && !(epilogue.mask[at] > 0) ? 0 : value;
 }
 
-// All results of neighbouring places.
+// All results of neighbouring places of a row, the first of which has the pixel `pixels` and the
+// result `result`.
 template <int places, int results>
-FASTADV_LEVEL void multiply_to_few(const FewTask& task, const RowPart& part, int64_t offset) {
+FASTADV_LEVEL void multiply_to_few(const FewTask& task, const float* const* pixels,
+                                   const int64_t* offsets, int64_t row, int64_t result) {
   const Shape& shape = task.shape;
   const int64_t channels = shape.in_channels, whole = channels / kLanes * kLanes;
+  const int64_t depth = shape.depth(), step = shape.in_step;
   const Live rest = live_lanes(channels - whole);
-  V sums[places][results];
-#pragma GCC unroll 8
-  for (int p = 0; p < places; ++p) {
-#pragma GCC unroll 4
-    for (int k = 0; k < results; ++k) sums[p][k] = zero();
-  }
+  constexpr int kCount = places * results;
+  V sums[kCount];
+#pragma GCC unroll 32
+  for (int k = 0; k < kCount; ++k) sums[k] = zero();
   for (int64_t t = 0; t < shape.taps; ++t) {
+    const int64_t line = row * step + shape.tap_rows[t];
+    if (line < 0 || line >= shape.in_height) continue;
     const float* from[places];
-    if (!find_inputs(from, shape, part, part.column + offset, t, task.zeros)) continue;
+#pragma GCC unroll 8
+    for (int p = 0; p < places; ++p) from[p] = pixels[offsets[t] + p * step];
     const float* filters = task.packed + t * channels;
     for (int64_t c = 0; c < whole; c += kLanes) {
       V filter[results];
 #pragma GCC unroll 4
-      for (int k = 0; k < results; ++k) filter[k] = load(filters + k * shape.depth() + c);
+      for (int k = 0; k < results; ++k) filter[k] = load(filters + k * depth + c);
 #pragma GCC unroll 8
       for (int p = 0; p < places; ++p) {
         const V input = load(from[p] + c);
 #pragma GCC unroll 4
-        for (int k = 0; k < results; ++k) sums[p][k] = fmadd(input, filter[k], sums[p][k]);
+        for (int k = 0; k < results; ++k) {
+          sums[p * results + k] = fmadd(input, filter[k], sums[p * results + k]);
+        }
       }
     }
     if (whole == channels) continue;
@@ -235,21 +243,37 @@ FASTADV_LEVEL void multiply_to_few(const FewTask& task, const RowPart& part, int
       const V input = load(from[p] + whole, rest);
 #pragma GCC unroll 4
       for (int k = 0; k < results; ++k) {
-        sums[p][k] = fmadd(input, load(filters + k * shape.depth() + whole, rest), sums[p][k]);
+        const V filter = load(filters + k * depth + whole, rest);
+        sums[p * results + k] = fmadd(input, filter, sums[p * results + k]);
       }
     }
   }
-#pragma GCC unroll 8
-  for (int p = 0; p < places; ++p) {
-    const int64_t result = part.result + (offset + p) * task.apart();
+  // The results of vectors of sums, and of the last, which may be fewer.
+  constexpr int kLast = (kCount - 1) / kLanes * kLanes;
+  V values[kLast / kLanes + 1];
 #pragma GCC unroll 4
+  for (int k = 0; k < kLast; k += kLanes) values[k / kLanes] = sums_of<kLanes>(sums + k);
+  values[kLast / kLanes] = sums_of<kCount - kLast>(sums + kLast);
+  const FloatEpilogue& e = task.epilogue;
+  if (task.apart() == results && !e.bias && !e.add && !e.relu && !e.mask) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kLast; k += kLanes) store(task.out + result + k, values[k / kLanes]);
+    store(task.out + result + kLast, values[kLast / kLanes], live_lanes(kCount - kLast));
+    return;
+  }
+  alignas(64) float one[kLast + kLanes];
+#pragma GCC unroll 4
+  for (int k = 0; k <= kLast; k += kLanes) store(one + k, values[k / kLanes]);
+  for (int p = 0; p < places; ++p) {
     for (int k = 0; k < results; ++k) {
-      task.out[result + k] = finished(sum(sums[p][k]), task.epilogue, result + k, k);
+      const int64_t at = result + p * task.apart() + k;
+      task.out[at] = finished(one[p * results + k], e, at, k);
     }
   }
 }
 
-using MultiplyToFew = void (*)(const FewTask&, const RowPart&, int64_t);
+using MultiplyToFew = void (*)(const FewTask&, const float* const*, const int64_t*, int64_t,
+                               int64_t);
 
 // The places whose results are summed together: their sums fill the registers.
 template <int results>
@@ -264,32 +288,14 @@ MultiplyToFew to_few_of(int64_t now) {
 }
 
 template <int results>
-void convolve_to(const FewTask& task, const float* x, int64_t first, int64_t count) {
-  for_row_parts(x, task.shape, first, count, [&](const RowPart& part) {
+void convolve_to(const FewTask& task, PaddedInputs<const float*>& inputs, int64_t first,
+                 int64_t count) {
+  inputs.for_row_parts(first, count, [&](const RowPart& part) {
     for (int64_t offset = 0; offset < part.count;) {
       const int64_t now = conv::next_rows(part.count - offset, kPlaces<results>);
-      to_few_of<results>(now)(task, part, offset);
+      to_few_of<results>(now)(task, inputs.at(part, offset), inputs.offsets(), part.row,
+                              part.result + offset * task.apart());
       offset += now;
-    }
-  });
-}
-
-void convolve_from_few(float* out, const float* x, const float* packed, const Shape& shape,
-                       const FloatEpilogue& epilogue, int64_t first, int64_t count, void* scratch) {
-  const FewTask task{out, packed, nullptr, shape, epilogue};
-  auto* offsets = static_cast<int64_t*>(scratch);
-  PaddedInputs inputs(reinterpret_cast<float*>(offsets + shape.taps), offsets, shape);
-  const int64_t channels = conv::padded(shape.out_channels), block = kVectors * kLanes;
-  for_row_parts(x, shape, first, count, [&](const RowPart& part) {
-    inputs.copy(part);
-    for (int64_t channel = 0; channel < channels; channel += block) {
-      const int64_t width = channels - channel < block ? channels - channel : block;
-      const MultiplyFromFew* multiply = from_few_of(width / kLanes);
-      for (int64_t offset = 0; offset < part.count;) {
-        const int64_t now = conv::next_rows(part.count - offset, kRows);
-        multiply[now - 1](task, inputs, part, offset, channel);
-        offset += now;
-      }
     }
   });
 }
@@ -298,16 +304,17 @@ void convolve_to_few(float* out, const float* x, const float* packed, const Shap
                      const FloatEpilogue& epilogue, int64_t first, int64_t count, void* scratch) {
   auto* zeros = static_cast<float*>(scratch);
   for (int64_t c = 0; c < shape.in_channels; ++c) zeros[c] = 0;
-  const FewTask task{out, packed, zeros, shape, epilogue};
+  const FewTask task{out, packed, shape, epilogue};
+  PaddedInputs<const float*> inputs(zeros + (shape.in_channels + 1) / 2 * 2, x, shape, zeros);
   switch (shape.out_channels) {
     case 1:
-      return convolve_to<1>(task, x, first, count);
+      return convolve_to<1>(task, inputs, first, count);
     case 2:
-      return convolve_to<2>(task, x, first, count);
+      return convolve_to<2>(task, inputs, first, count);
     case 3:
-      return convolve_to<3>(task, x, first, count);
+      return convolve_to<3>(task, inputs, first, count);
     case 4:
-      return convolve_to<4>(task, x, first, count);
+      return convolve_to<4>(task, inputs, first, count);
   }
 }
 

@@ -8,7 +8,6 @@ namespace fastadv {
 namespace {
 
 using conv_gather::FloatKernel;
-using conv_gather::Shape;
 
 const FloatKernel& kernel_of(int64_t lanes) {
   const bool wide = kSimdLevel == SimdLevel::kAvx512 && lanes == conv_gather::kFloatAvx512.lanes;
@@ -20,22 +19,21 @@ const FloatKernel& kernel_of(int64_t lanes) {
 }
 
 void conv_gather_float_(at::Tensor out, const at::Tensor& x, const at::Tensor& packed,
-                        at::IntArrayRef tap_rows, at::IntArrayRef tap_columns,
-                        at::IntArrayRef steps, at::IntArrayRef origin, const OptionalTensor& bias,
+                        at::IntArrayRef tap_rows, at::IntArrayRef tap_columns, at::IntArrayRef taps,
+                        at::IntArrayRef origins, at::IntArrayRef steps, const OptionalTensor& bias,
                         const OptionalTensor& add, const OptionalTensor& mask, bool relu,
                         int64_t lanes) {
   const FloatKernel& kernel = kernel_of(lanes);
-  const Shape shape = conv_gather::shape_of<float>(out, x, tap_rows, tap_columns, steps, origin);
-  conv::check_packed<float>(packed, conv_gather::packed_floats(shape));
+  const auto grids = conv_gather::grids_of<float>(out, x, packed, tap_rows, tap_columns, taps,
+                                                  origins, steps, conv_gather::packed_channels);
   const auto epilogue = conv::make_epilogue<float>(out, bias, add, mask, relu);
-  const auto convolve = kernel.of(shape);
   float* to = out.data_ptr<float>();
   const float *from = x.const_data_ptr<float>(), *filters = packed.const_data_ptr<float>();
-  conv::parallel_shares(
-      shape.places(), conv_gather::places_per_task(shape, sizeof(float)),
-      [&](int64_t count) { return conv_gather::float_scratch_bytes(shape, count); },
-      [&](int64_t first, int64_t count, void* scratch) {
-        convolve(to, from, filters, shape, epilogue, first, count, scratch);
+  conv_gather::for_places(
+      grids, sizeof(float), conv_gather::float_scratch_bytes,
+      [&](const conv_gather::Grid& grid, int64_t first, int64_t count, void* scratch) {
+        kernel.of(grid.shape)(to, from, filters + grid.filters, grid.shape, epilogue, first, count,
+                              scratch);
       });
 }
 

@@ -30,29 +30,38 @@ inline Reach reach(const int64_t* taps, int64_t count) {
   return {low, high - low + 1};
 }
 
-// Floats of a line of the inputs that `places` neighbouring places read.
-inline int64_t padded_line(const Shape& shape, int64_t places) {
-  const int64_t columns = reach(shape.tap_columns, shape.taps).length;
-  return ((places - 1) * shape.in_step + columns) * shape.in_channels;
+// Pixels of the inputs that a row of the grid reads, side by side.
+inline int64_t padded_width(const Shape& shape) {
+  return (shape.grid_width() - 1) * shape.in_step + reach(shape.tap_columns, shape.taps).length;
 }
 
-// Scratch memory of one task. For few inputs: where the taps read, and the lines of inputs of a row
-// of the grid. Else its places, an input of zeros, and sums of 64 output channels.
+// Lines of the inputs that neighbouring rows of the grid read.
+inline int64_t padded_height(const Shape& shape, int64_t rows) {
+  return (rows - 1) * shape.in_step + reach(shape.tap_rows, shape.taps).length;
+}
+
+// Scratch memory of one task. For few channels: where the taps read, and the pixels that its rows
+// of one image read, or pointers to them and an input of zeros. Else its places, an input of zeros,
+// and sums of 64 output channels.
 inline int64_t float_scratch_bytes(const Shape& shape, int64_t places) {
-  if (has_few_inputs(shape)) {
-    const int64_t lines = reach(shape.tap_rows, shape.taps).length;
+  const int64_t input = shape.in_channels * int64_t(sizeof(float));
+  if (has_few_inputs(shape) || has_few_results(shape)) {
+    const bool points = has_few_results(shape);
+    const int64_t width = shape.grid_width(), height = shape.grid_height();
+    const int64_t rows = (places + width - 2) / width + 1;  // it may begin anywhere in a row
+    const int64_t lines = padded_height(shape, rows < height ? rows : height);
     return shape.taps * int64_t(sizeof(int64_t)) +
-           lines * padded_line(shape, shape.grid_width()) * int64_t(sizeof(float));
+           lines * padded_width(shape) * (points ? int64_t(sizeof(float*)) : input) +
+           (points ? (input + 7) / 8 * 8 : 0);
   }
   return places *
              int64_t(sizeof(int64_t) + shape.taps * sizeof(float*) + conv::kWide * sizeof(float)) +
-         shape.in_channels * int64_t(sizeof(float));
+         input;
 }
 
-// Elements of the packed filters.
-inline int64_t packed_floats(const Shape& shape) {
-  return (has_few_results(shape) ? shape.out_channels : conv::padded(shape.out_channels)) *
-         shape.depth();
+// Output channels as the filters are packed.
+inline int64_t packed_channels(const Shape& shape) {
+  return has_few_results(shape) ? shape.out_channels : conv::padded(shape.out_channels);
 }
 
 // Computes the grid places [first, first + count) of all images. Filters are packed as [blocks of

@@ -55,19 +55,28 @@ EpilogueOf<Stored> make_epilogue(const at::Tensor& out, const OptionalTensor& bi
           relu};
 }
 
+// The threads among which to share this many multiplications. A thread has no fewer than take about
+// as long as it takes to start the others.
+inline int64_t useful_threads(int64_t multiplications) {
+  constexpr int64_t kLeast = 1 << 18;
+  return std::clamp<int64_t>(multiplications / kLeast, 1, at::get_num_threads());
+}
+
 // Splits `total` units into tasks of about `wanted`, the same number for every thread. Results do
 // not depend on it.
-inline int64_t even_share(int64_t total, int64_t wanted) {
-  const int64_t threads = at::get_num_threads(), units = std::max<int64_t>(total, 1);
+inline int64_t even_share(int64_t total, int64_t wanted, int64_t threads) {
+  const int64_t units = std::max<int64_t>(total, 1);
   const int64_t tasks = (units + wanted - 1) / wanted;
   const int64_t even_tasks = (tasks + threads - 1) / threads * threads;
   return (units + even_tasks - 1) / even_tasks;
 }
 
-// Runs f(first, count, scratch) over [0, total) in shares of `share`, in parallel.
+// Runs f(first, count, scratch) over [0, total) in shares of `share`, on so many threads.
 template <class Bytes, class F>
-void parallel_shares(int64_t total, int64_t share, const Bytes& scratch_bytes, const F& f) {
-  at::parallel_for(0, (total + share - 1) / share, 1, [&](int64_t begin, int64_t end) {
+void parallel_shares(int64_t total, int64_t share, const Bytes& scratch_bytes, const F& f,
+                     int64_t threads = at::get_num_threads()) {
+  const int64_t tasks = (total + share - 1) / share, grain = (tasks + threads - 1) / threads;
+  at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task * share, count = std::min(share, total - first);
       f(first, count, thread_scratch(scratch_bytes(count)));

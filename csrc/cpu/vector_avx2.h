@@ -48,11 +48,24 @@ FASTADV_LEVEL_INLINE void store(float* p, V v, const Live& live) {
   _mm256_maskstore_ps(p, live.mask, v);
 }
 
-// The sum of all lanes.
-FASTADV_LEVEL_INLINE float sum(V v) {
-  const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+// The sums of up to 8 vectors, one in each lane. A lane's bits depend on its vector alone.
+template <int count>
+FASTADV_LEVEL_INLINE V sums_of(const V* v) {
+  V pairs[4], fours[2];
+#pragma GCC unroll 4
+  for (int k = 0; 2 * k < count; ++k) {
+    const V a = v[2 * k], b = v[2 * k + 1 < count ? 2 * k + 1 : 2 * k];
+    pairs[k] = add(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  }
+#pragma GCC unroll 2
+  for (int k = 0; 4 * k < count; ++k) {
+    const __m256d a = _mm256_castps_pd(pairs[2 * k]);
+    const __m256d b = _mm256_castps_pd(pairs[4 * k + 2 < count ? 2 * k + 1 : 2 * k]);
+    fours[k] =
+        add(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+  }
+  const V a = fours[0], b = fours[count > 4 ? 1 : 0];
+  return add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 
 // Floats that lie `stride` floats apart.

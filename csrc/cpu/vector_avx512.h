@@ -39,8 +39,30 @@ FASTADV_LEVEL_INLINE V load(const float* p, Live live) { return _mm512_maskz_loa
 FASTADV_LEVEL_INLINE void store(float* p, V v) { _mm512_storeu_ps(p, v); }
 FASTADV_LEVEL_INLINE void store(float* p, V v, Live live) { _mm512_mask_storeu_ps(p, live, v); }
 
-// The sum of all lanes.
-FASTADV_LEVEL_INLINE float sum(V v) { return _mm512_reduce_add_ps(v); }
+// The sums of up to 16 vectors, one in each lane. A lane's bits depend on its vector alone.
+template <int count>
+FASTADV_LEVEL_INLINE V sums_of(const V* v) {
+  V pairs[8], fours[4], halves[2];
+#pragma GCC unroll 8
+  for (int k = 0; 2 * k < count; ++k) {
+    const V a = v[2 * k], b = v[2 * k + 1 < count ? 2 * k + 1 : 2 * k];
+    pairs[k] = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+#pragma GCC unroll 4
+  for (int k = 0; 4 * k < count; ++k) {
+    const __m512d a = _mm512_castps_pd(pairs[2 * k]);
+    const __m512d b = _mm512_castps_pd(pairs[4 * k + 2 < count ? 2 * k + 1 : 2 * k]);
+    fours[k] =
+        add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+#pragma GCC unroll 2
+  for (int k = 0; 8 * k < count; ++k) {
+    const V a = fours[2 * k], b = fours[8 * k + 4 < count ? 2 * k + 1 : 2 * k];
+    halves[k] = add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  const V a = halves[0], b = halves[count > 8 ? 1 : 0];
+  return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
 
 // Floats that lie `stride` floats apart.
 FASTADV_LEVEL_INLINE V gather(const float* p, int64_t stride, Live live) {

@@ -34,5 +34,47 @@ FASTADV_LEVEL_INLINE void finish(float* out, vec::V value, const EpilogueOf<floa
   }
 }
 
+// `finish` for vectors of several places, whose first channel is `channel` of `channels`; place r
+// has it at at[r]. Each step is asked for once for all of them, not once for each vector.
+template <int rows, int vectors>
+FASTADV_LEVEL_INLINE void finish_all(float* out, vec::V (&sum)[rows][vectors],
+                                     const EpilogueOf<float> epilogue, const int64_t (&at)[rows],
+                                     int64_t channel, int64_t channels) {
+  using vec::kLanes;
+  if (channel + vectors * kLanes > channels) {
+#pragma GCC unroll 4
+    for (int n = 0; n < vectors; ++n) {
+      const int64_t first = n * kLanes, left = channels - channel - first;
+      if (left <= 0) break;
+      const vec::Live live = vec::live_lanes(left);
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) {
+        finish(out, sum[r][n], epilogue, at[r] + first, channel + first, live);
+      }
+    }
+    return;
+  }
+  if (epilogue.bias) {
+#pragma GCC unroll 4
+    for (int n = 0; n < vectors; ++n) {
+      const vec::V bias = vec::load(epilogue.bias + channel + n * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) sum[r][n] = vec::add(sum[r][n], bias);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int n = 0; n < vectors; ++n) {
+      const int64_t place = at[r] + n * kLanes;
+      vec::V& v = sum[r][n];
+      if (epilogue.add) v = vec::add(v, vec::load(epilogue.add + place));
+      if (epilogue.relu) v = vec::at_least_zero(v);
+      if (epilogue.mask) v = vec::where_positive(vec::load(epilogue.mask + place), v);
+      vec::store(out + place, v);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace fastadv::conv

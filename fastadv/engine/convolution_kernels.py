@@ -153,8 +153,6 @@ class TapGroup:
     taps: list[tuple[int, int]]  # in the filter
     rows: list[int]  # of the input, relative to the place's own
     columns: list[int]
-    origin: tuple[int, int]
-    packed: Tensor
 
 
 class GatherKernel(Kernel):
@@ -166,9 +164,22 @@ class GatherKernel(Kernel):
     def __init__(self, conv: ConvShape, backward: bool) -> None:
         stride, _ = conv.stride
         self._backward = backward
-        self._steps = (1, stride) if backward else (stride, 1)
         origins = [(i, j) for i in range(stride) for j in range(stride)] if backward else [(0, 0)]
-        self._groups = [_tap_group(conv, origin, backward, self._dtype) for origin in origins]
+        self._groups = [_tap_group(conv, origin, backward) for origin in origins]
+        taps = [len(group.taps) for group in self._groups]
+        into, outof = conv.in_channels, conv.out_channels
+        result, source = (into, outof) if backward else (outof, into)
+        few = self._dtype == torch.float32 and result <= convolution.FEW
+        width = result if few else -(-result // convolution.VECTOR) * convolution.VECTOR
+        self._packed = torch.zeros(width * source * sum(taps), dtype=self._dtype, device="cpu")
+        self._parts = self._packed.split([width * source * count for count in taps])
+        self._grids = (
+            [row for group in self._groups for row in group.rows],
+            [column for group in self._groups for column in group.columns],
+            taps,
+            [index for origin in origins for index in origin],
+            (1, stride) if backward else (stride, 1),
+        )
 
     def refresh(self, weight: Tensor, scale: Tensor | None) -> None:
         """As in `Kernel.refresh`."""
@@ -176,10 +187,10 @@ class GatherKernel(Kernel):
             weight = weight * scale[:, None, None, None]
         if self._backward:
             weight = weight.transpose(0, 1)
-        for group in self._groups:
+        for group, packed in zip(self._groups, self._parts, strict=True):
             if group.taps:
                 filters = torch.cat([weight[:, :, i, j] for i, j in group.taps], dim=1)
-                group.packed.copy_(self._in_blocks(filters))
+                packed.copy_(self._in_blocks(filters))
 
     def _in_blocks(self, filters: Tensor) -> Tensor:
         """Filters [out, depth] as the kernel reads them."""
@@ -188,11 +199,7 @@ class GatherKernel(Kernel):
     def run(self, memory: Memory, shape: tuple[int, ...], x: Tensor, epilogue: Epilogue) -> Tensor:
         """As in `Kernel.run`."""
         out = memory.take(shape)
-        height, width = out.shape[2:]
-        for g in self._groups:
-            if g.origin[0] < height and g.origin[1] < width:
-                where = (g.rows, g.columns, self._steps, g.origin)
-                self._convolve(out, x, g.packed, *where, *epilogue)
+        self._convolve(out, x, self._packed, *self._grids, *epilogue)
         return out
 
 
@@ -226,15 +233,13 @@ class TileKernel(GatherKernel):
 
     def refresh(self, weight: Tensor, scale: Tensor | None) -> None:
         """As in `Kernel.refresh`."""
-        for group in self._groups:
+        for group, packed in zip(self._groups, self._parts, strict=True):
             taps = [i * weight.shape[3] + j for i, j in group.taps]
             if taps:
-                _OPS.conv_amx_pack_(group.packed, weight, scale, taps, self._backward)
+                _OPS.conv_amx_pack_(packed, weight, scale, taps, self._backward)
 
 
-def _tap_group(
-    conv: ConvShape, origin: tuple[int, int], backward: bool, dtype: torch.dtype
-) -> TapGroup:
+def _tap_group(conv: ConvShape, origin: tuple[int, int], backward: bool) -> TapGroup:
     """The taps of one grid; forward there is one, backward one per remainder modulo the stride."""
     along = [
         taps_along(conv.kernel_size[a], conv.stride[a], conv.padding[a], conv.dilation[a],
@@ -242,16 +247,10 @@ def _tap_group(
         for a in (0, 1)
     ]  # fmt: skip
     pairs = [(down, right) for down in along[0] for right in along[1]]
-    into, outof = conv.in_channels, conv.out_channels
-    rows, depth = (into, outof) if backward else (outof, into)
-    few = dtype == torch.float32 and rows <= convolution.FEW
-    padded = rows if few else -(-rows // convolution.VECTOR) * convolution.VECTOR
     return TapGroup(
         taps=[(down[0], right[0]) for down, right in pairs],
         rows=[down[1] for down, _ in pairs],
         columns=[right[1] for _, right in pairs],
-        origin=origin,
-        packed=torch.zeros(padded * depth * len(pairs), dtype=dtype, device="cpu"),
     )
 
 

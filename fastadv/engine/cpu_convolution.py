@@ -15,9 +15,10 @@ None.
 * ``conv3x3_float_pack_(packed, weight, scale, backward, lanes)`` and
   ``conv3x3_float_(out, x, packed, bias, add, mask, relu, lanes)``: as the two above, in float32, for input
   channels in multiples of ``lanes``.
-* ``conv_gather_(out, x, packed, tap_rows, tap_columns, steps, origin, bias, add, mask, relu)``: any kernel
-  and stride, on the grid of results ``origin + i * steps[1]``; place i reads the inputs ``i * steps[0] + tap``.
-  The same last pass as above.
+* ``conv_gather_(out, x, packed, tap_rows, tap_columns, taps, origins, steps, bias, add, mask, relu)``: any kernel
+  and stride, on grids of results. Grid g has the results ``origins[2 g : 2 g + 2] + i * steps[1]`` and the next
+  ``taps[g]`` of the taps and their filters. Its place i reads the inputs ``i * steps[0] + tap``. No result may be
+  in two grids. The same last pass as above.
 * ``conv_gather_float_(..., lanes)``: the same in float32, by vectors of ``lanes`` floats, for any number of input
   channels. Filters for at most 4 output channels are packed as [K, depth].
 * ``conv_amx_supported(in_channels)``: whether this processor and these channels are served by ``conv_amx_``: AMX,
@@ -77,13 +78,13 @@ torch.library.define(
 for _name in ("conv_gather_", "conv_amx_"):
     torch.library.define(
         f"fastadv::{_name}",
-        "(Tensor(a!) out, Tensor x, Tensor packed, int[] tap_rows, int[] tap_columns, int[] steps, "
-        "int[] origin, Tensor? bias, Tensor? add, Tensor? mask, bool relu) -> ()",
+        "(Tensor(a!) out, Tensor x, Tensor packed, int[] tap_rows, int[] tap_columns, int[] taps, "
+        "int[] origins, int[] steps, Tensor? bias, Tensor? add, Tensor? mask, bool relu) -> ()",
     )
 torch.library.define(
     "fastadv::conv_gather_float_",
-    "(Tensor(a!) out, Tensor x, Tensor packed, int[] tap_rows, int[] tap_columns, int[] steps, "
-    "int[] origin, Tensor? bias, Tensor? add, Tensor? mask, bool relu, int lanes) -> ()",
+    "(Tensor(a!) out, Tensor x, Tensor packed, int[] tap_rows, int[] tap_columns, int[] taps, "
+    "int[] origins, int[] steps, Tensor? bias, Tensor? add, Tensor? mask, bool relu, int lanes) -> ()",
 )
 torch.library.define(
     "fastadv::channel_affine_",

@@ -118,10 +118,8 @@ def test_nothing_is_written_beyond_the_result(lanes: int) -> None:
     kernel.refresh(torch.randn(5, 16, 3, 3), None)
     room = torch.full((count + 64,), 7.0)
     out = room[:count].view(2, 3, 3, 5).permute(0, 3, 1, 2)
-    (group,) = kernel._groups
-    where = (group.rows, group.columns, (2, 1), (0, 0))
-    args = (images((2, 16, 6, 6), 0), group.packed, *where, None, None, None, False, lanes)
-    OPS.conv_gather_float_(out, *args)
+    args = (images((2, 16, 6, 6), 0), kernel._packed, *kernel._grids, None, None, None, False)
+    OPS.conv_gather_float_(out, *args, lanes)
     assert (room[count:] == 7).all()
     assert (out != 7).all()
 
@@ -142,6 +140,40 @@ def test_result_depends_neither_on_threads_nor_on_company(lanes: int) -> None:
     )
     assert all(torch.equal(result, results[0]) for result in results)
     assert torch.equal(alone[0], results[0][-1])
+
+
+# As GEOMETRIES, with so many places that tasks begin in the middle of a row and in each grid.
+MANY_PLACES = [
+    (24, 40, (3, 3), 2, (1, 1), (1, 1), 31, 29),
+    (16, 33, (5, 5), 3, (1, 2), (1, 1), 32, 34),
+    (17, 20, (1, 1), 2, (0, 0), (1, 1), 27, 25),  # grids without taps
+    (3, 40, (3, 3), 1, (1, 1), (1, 1), 23, 25),
+    (2, 70, (5, 5), 2, (2, 2), (1, 1), 33, 35),
+    (1, 64, (3, 3), 1, (0, 1), (2, 2), 21, 26),
+    (20, 3, (3, 3), 2, (1, 1), (1, 1), 43, 45),
+]
+
+
+@every_width
+@pytest.mark.parametrize("geometry", MANY_PLACES)
+def test_many_places_on_several_threads(lanes: int, geometry: tuple[object, ...]) -> None:
+    skip_wider(lanes)
+    conv, shape = conv_of(geometry)
+    x, weight = images(shape, 0), torch.randn(conv.out_channels, shape[1], *conv.kernel_size)
+    leaf = x.double().requires_grad_()
+    result = plain(conv, leaf, weight)
+    gradient = images(tuple(result.shape), 1)
+    (wanted,) = torch.autograd.grad(result, leaf, gradient.double())
+    for backward in (False, True):
+        kernel, found = GatherFloatKernel(conv, backward, lanes), []
+        kernel.refresh(weight, None)
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            ends = (x.shape, gradient) if backward else (gradient.shape, x)
+            found.append(run(kernel, *ends))
+        torch.set_num_threads(1)
+        assert relative(found[0], wanted if backward else result.detach()) < RELATIVE_ERROR
+        assert all(torch.equal(one, found[0]) for one in found)
 
 
 def test_which_convolutions_it_serves() -> None:
@@ -167,11 +199,19 @@ def test_which_convolutions_it_serves() -> None:
 def test_wrong_arguments_are_named() -> None:
     conv = ConvShape(16, 16, (1, 1))
     kernel, x = GatherFloatKernel(conv, False, 8), images((1, 16, 4, 4), 0)
-    (group,) = kernel._groups
-    rest = ([0], [0], (1, 1), (0, 0), None, None, None, False)
+    packed, rest = kernel._packed, ([0], [0], [1], (0, 0), (1, 1), None, None, None, False)
     with pytest.raises(ValueError, match="lanes must be 16 on a processor with AVX-512, or 8"):
-        OPS.conv_gather_float_(x.clone(), x, group.packed, *rest, 4)
+        OPS.conv_gather_float_(x.clone(), x, packed, *rest, 4)
     with pytest.raises(ValueError, match="x must be channels-last float32"):
-        OPS.conv_gather_float_(x.clone(), x.bfloat16(), group.packed, *rest, 8)
+        OPS.conv_gather_float_(x.clone(), x.bfloat16(), packed, *rest, 8)
     with pytest.raises(ValueError, match="packed must be float32 with 256 elements"):
-        OPS.conv_gather_float_(x.clone(), x, group.packed[:-1], *rest, 8)
+        OPS.conv_gather_float_(x.clone(), x, packed[:-1], *rest, 8)
+    for grids, message in (
+        (([0], [0, 1], [1], (0, 0)), "tap_columns must be as many as tap_rows, 1, got 2"),
+        (([0], [0], [2], (0, 0)), "taps must divide the 1 tap_rows"),
+        (([0], [0], [0], (0, 0)), "taps must divide the 1 tap_rows"),
+        (([0], [0], [1], (0, 0, 1)), "origins must be a row and a column for each of the 1 grids"),
+        (([0], [0], [1], (0, -1)), "origins must be at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            OPS.conv_gather_float_(x.clone(), x, packed, *grids, (1, 1), None, None, None, False, 8)

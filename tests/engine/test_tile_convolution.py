@@ -127,13 +127,12 @@ def test_tiles_stay_inside_their_tensors(geometry: tuple[int, int, int]) -> None
 def test_packed_tiles_do_not_depend_on_the_layout_of_the_weights(backward: bool) -> None:
     conv = ConvShape(64, 96, (3, 3), (2, 2), (1, 1))
     weight, scale = torch.randn(96, 64, 3, 3), torch.rand(96)
-    groups = []
+    packed = []
     for layout in (torch.contiguous_format, torch.channels_last):
         kernel = TileKernel(conv, backward)
         kernel.refresh(weight.contiguous(memory_format=layout), scale)
-        groups.append([group.packed for group in kernel._groups])
-    for one, other in zip(*groups, strict=True):
-        assert torch.equal(one, other)
+        packed.append(kernel._packed)
+    assert torch.equal(*packed)
 
 
 @needs_amx
@@ -176,4 +175,4 @@ def test_tiles_refuse_channels_that_do_not_fill_them() -> None:
     x, out = narrow((2, 16, 4, 4), 0), poisoned(2, 32, 4, 4)
     packed = torch.zeros(32 * 16, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="x's channels must be multiples of 32"):
-        OPS.conv_amx_(out, x, packed, [0], [0], [1, 1], [0, 0], None, None, None, False)
+        OPS.conv_amx_(out, x, packed, [0], [0], [1], [0, 0], [1, 1], None, None, None, False)
