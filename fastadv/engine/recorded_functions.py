@@ -52,9 +52,17 @@ def name_of(function: Any) -> str:
 
 def targets_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors into which a function writes, as far as its name tells, such as ``add_`` or ``__setitem__``."""
-    in_place = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
-    values = args[:1] if in_place and name not in NO_OPERATION else ()
+    values = args[:1] if _is_in_place(name) and name not in NO_OPERATION else ()
     return tensors_in((*values, kwargs.get("out")))
+
+
+def may_write(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a function may write into one of its arguments, as far as its name and keywords tell."""
+    return _is_in_place(name) or "out" in kwargs
+
+
+def _is_in_place(name: str) -> bool:
+    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))
 
 
 def uncounted(

@@ -268,10 +268,8 @@ class Recorder(TorchFunctionMode):
         written: list[Tensor],
         before: tuple[Any, Any] | None = None,
     ) -> None:
-        below, recording = others_below(), self.recording
-        if below is not None:
-            raise self._refuse(f"its forward enters {below}, which may change what torch computes")
-        recording.autocast |= self._knows_autocast and torch.is_autocast_enabled(self._device)
+        recording = self.recording
+        self._note_surroundings()
         before = before or (self.referred(args), self.referred(kwargs))
         depends = any(recording.depends[ref.place] for ref in refs(before))
         is_ragged = self._becomes_ragged(name, args, kwargs, written)
@@ -297,6 +295,14 @@ class Recorder(TorchFunctionMode):
             self._add_several(result, place, depends)
         if is_ragged:
             self._ragged.update(range(place, len(recording.values)))
+
+    def _note_surroundings(self) -> None:
+        """Note what the forward pass has entered around the operation that is recorded now."""
+        below = others_below()
+        if below is not None:
+            raise self._refuse(f"its forward enters {below}, which may change what torch computes")
+        if self._knows_autocast and torch.is_autocast_enabled(self._device):
+            self.recording.autocast = True
 
     def _note_write(self, name: str, args: tuple[Any, ...], written: list[Tensor]) -> None:
         target = written[0]
