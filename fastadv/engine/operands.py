@@ -64,6 +64,8 @@ def storage_of(tensor: Tensor) -> int:
 
 def leads_to(tensor: Tensor, leaf: Tensor) -> bool:
     """Whether a tensor's autograd graph reaches the images."""
+    if tensor.grad_fn is None:  # as of most weights
+        return False
     waiting, seen = [tensor.grad_fn], set()
     while waiting:
         node = waiting.pop()

@@ -7,7 +7,7 @@ recorded one, and is not checked again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -99,26 +99,29 @@ class Repeat(Recorder):
             return False
         if self._gradients and then.with_gradient != torch.is_grad_enabled():
             return False
-        if not (self._is_alike() and self._are(args, then.args) and self._are(kwargs, then.kwargs)):
+        if len(args) != len(then.args) or kwargs.keys() != then.kwargs.keys():
             return False
-        return then.place == len(self.recording.values)
+        recorded = map(then.kwargs.__getitem__, kwargs)
+        if not self._is_alike() or not self._are(args, then.args):
+            return False
+        return self._are(kwargs.values(), recorded) and then.place == len(self.recording.values)
 
-    def _are(self, value: Any, then: Any) -> bool:
-        """Whether an argument is the recorded one; weights get their places, as in `Recorder.referred`."""
-        kind = value.__class__
-        if then.__class__ is Ref:
+    def _are(self, values: Iterable[Any], then: Iterable[Any]) -> bool:
+        """Whether arguments are those recorded; weights get their places, as in `Recorder.referred`."""
+        return all(map(self._is, values, then))
+
+    def _is(self, value: Any, then: Any) -> bool:
+        kind, wanted = value.__class__, then.__class__
+        if wanted is Ref:
             return isinstance(value, Tensor) and self._place(value) == then.place
         if kind is WatchedSize:
-            return then.__class__ is int and bool(value.plain() == then)
-        if then.__class__ is not kind:
+            return wanted is int and bool(value.plain() == then)
+        if kind is not wanted:
             return False
         if kind in functions.KEPT:
             return bool(value == then)
         if kind is tuple or kind is list:
-            return len(value) == len(then) and all(map(self._are, value, then))
-        if kind is dict:
-            same = value.keys() == then.keys()
-            return same and all(self._are(one, then[key]) for key, one in value.items())
+            return len(value) == len(then) and self._are(value, then)
         return False
 
     def _is_alike(self) -> bool:
