@@ -45,7 +45,7 @@ def frozen(
         seed: seed of the random numbers that the model draws inside, such as dropout's in train mode. The caller's
             random state is restored. None does not touch the random state.
         watch: do not touch the random state until the model draws.
-        keep_attributes: put back all plain attributes of the model's own modules, not only those that hold tensors.
+        keep_attributes: put back all plain attributes of the registered modules, not only those that held tensors.
 
     Raises:
         ValueError: if the model has lazy modules, whose weights have no shape yet.

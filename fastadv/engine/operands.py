@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
+from torch.autograd.graph import Node, increment_version
 
 from fastadv.engine.watched_size import WatchedSize
 
@@ -66,7 +66,8 @@ def leads_to(tensor: Tensor, leaf: Tensor) -> bool:
     """Whether a tensor's autograd graph reaches the images."""
     if tensor.grad_fn is None:  # as of most weights
         return False
-    waiting, seen = [tensor.grad_fn], set()
+    seen: set[Node] = set()
+    waiting: list[Node | None] = [tensor.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:

@@ -137,7 +137,9 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run one function, and record it if its result is a tensor."""
-        if func is Tensor.dim:  # asked most often, and neither draws, reads, writes nor makes anything
+        if (
+            func is Tensor.dim
+        ):  # asked most often, and neither draws, reads, writes nor makes anything
             return func(*args)
         self._handling += 1
         try:
