@@ -38,7 +38,7 @@ class CachedRecording:
         warmup: as in `fastadv.engine.recorder.record`.
 
     Attributes:
-        seconds: of the first `repeated`, as far as it has been timed.
+        seconds: of the first `is_unchanged`, as far as it has been timed.
     """
 
     def __init__(self, recording: Recording, weights: tuple[Any, ...], warmup: int = 0) -> None:
@@ -74,27 +74,6 @@ class CachedRecording:
         """Whether the images in memory have the layout that other images [B, ...] have."""
         return torch.empty_like(x[:1], device="meta").stride()[1:] == self.images.stride()[1:]
 
-    def repeated(self, model: nn.Module) -> Recording | None:
-        """A recording of now, of the same images, without values; None where weights differ or the model fails."""
-        with recording_mode(model):
-            warm_up(model, self.images, self._warmup)
-            return self.again(model)
-
-    def again(
-        self, model: nn.Module, unchanged: Sequence[tuple[Tensor, int]] = ()
-    ) -> Recording | None:
-        """As `repeated`, of a model that is in `recording_mode` and has warmed up.
-
-        Args:
-            model: the model.
-            unchanged: weights, with torch's counts of their changes, that are taken to be as they were recorded.
-        """
-        with torch.enable_grad():
-            repeat = self._repeat(model, gradients=True)
-        if repeat is None or not self._has_weights_of(repeat.recording, unchanged):
-            return None
-        return repeat.recording
-
     def is_unchanged(self, model: nn.Module, gradients: bool = True) -> bool:
         """Whether the model calls the recorded operations, no others, on the same numbers and weights.
 
@@ -104,27 +83,35 @@ class CachedRecording:
         """
         with recording_mode(model):
             warm_up(model, self.images, self._warmup if gradients else 0)
-            with torch.set_grad_enabled(gradients):
-                repeat = self._repeat(model, gradients)
-            if repeat is None or not repeat.is_complete():
-                return False
-            now = repeat.recording
-            outcome = (now.output, tuple(now.comparisons), now.autocast)
-            return outcome == self._outcome and self._has_weights_of(now)
+            return self.again(model, gradients=gradients)
 
-    def _repeat(self, model: nn.Module, gradients: bool) -> Repeat | None:
-        """One pass of the model; None where it fails."""
+    def again(
+        self,
+        model: nn.Module,
+        unchanged: Sequence[tuple[Tensor, int]] = (),
+        gradients: bool = True,
+    ) -> bool:
+        """As `is_unchanged`, of a model that is in `recording_mode` and has warmed up.
+
+        Args:
+            model: the model.
+            unchanged: weights, with torch's counts of their changes, that are taken to be as they were recorded.
+            gradients: as in `is_unchanged`.
+        """
         if torch.get_default_dtype() != self._default_dtype:
-            return None
+            return False
         repeat = Repeat(self.images, self._ops, self._results, gradients)
         try:
-            repeat.run(model)
+            with torch.set_grad_enabled(gradients):
+                now = repeat.run(model)
         except Exception:  # if it is the model's own, the pass that comes instead raises it again
-            return None
-        return repeat
+            return False
+        outcome = (now.output, tuple(now.comparisons), now.autocast)
+        alike = repeat.is_complete() and outcome == self._outcome
+        return alike and self._has_weights_of(now, unchanged)
 
     def _has_weights_of(
-        self, recording: Recording, unchanged: Sequence[tuple[Tensor, int]] = ()
+        self, recording: Recording, unchanged: Sequence[tuple[Tensor, int]]
     ) -> bool:
         """Whether the weights of a pass have the recorded content; ``unchanged`` as in `again`."""
         weights = [recording.values[place] for place in recording.external()]

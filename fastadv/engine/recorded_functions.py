@@ -7,10 +7,13 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastadv.engine.operands import tensors_in
+from fastadv.engine.recording import ArrayArgument
+from fastadv.engine.watched_size import WatchedSize
 
 # Functions that hand a tensor's values to Python, which may then do anything with them.
 READS = frozenset(
@@ -48,6 +51,19 @@ def name_of(function: Any) -> str:
     """The name of a function of torch, that of its operator for an overload such as ``aten.add.Tensor``."""
     name: str = getattr(function, "__name__", "")
     return name.partition(".")[0] if isinstance(function, torch._ops.OpOverload) else name
+
+
+def plain_argument(value: object) -> Any:
+    """An argument that is no container, in the form in which a recording keeps it; None if it keeps none."""
+    if isinstance(value, WatchedSize):
+        return value.plain()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return ArrayArgument.of(value)
+    if isinstance(value, range):
+        return list(value)
+    return value if isinstance(value, ARGUMENTS) else None
 
 
 def targets_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
