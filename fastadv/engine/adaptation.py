@@ -127,13 +127,11 @@ class Questions(TorchFunctionMode):
     ) -> Any:
         """Run one function."""
         # Not within `torch.cond`: the compiler cannot look at frames.
-        if not torch.compiler.is_compiling():
-            self.look_at(func, args, kwargs or {}, sys._getframe(1))
+        if self.images is not None and not torch.compiler.is_compiling():
+            self.look_at(func, args, sys._getframe(1))
         return func(*args, **(kwargs or {}))
 
-    def look_at(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], caller: types.FrameType
-    ) -> None:
-        """Look at one call of a function of torch before it runs."""
+    def look_at(self, func: Any, args: tuple[Any, ...], caller: types.FrameType) -> None:
+        """Look whether a call of a function of torch is such a question, before it runs."""
         if self.images is not None and not self.seen and reads_for_itself(func, caller):
             self.seen = not leads_to(args[0], self.images)

@@ -11,7 +11,7 @@ stands if the proof finds the same engine. Else generators are put back, and the
 from __future__ import annotations
 
 import random
-import types
+import sys
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -40,16 +40,19 @@ class CallList(Questions):
         super().__init__()
         self.calls: list[tuple[Any, ...]] = []
 
-    def look_at(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], caller: types.FrameType
-    ) -> None:
-        """As in `Questions.look_at`; reading a property is no call."""
-        if getattr(func, "__name__", "") == "__get__":
-            super().look_at(func, args, kwargs, caller)
-            return
-        plain = [value for value in args if value.__class__ in _PLAIN]
-        named = [pair for pair in kwargs.items() if pair[1].__class__ in _PLAIN]
-        self.calls.append((func, plain, named))
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run one function; reading a property is no call."""
+        kwargs = kwargs or {}
+        if not torch.compiler.is_compiling():
+            if getattr(func, "__name__", "") == "__get__":
+                self.look_at(func, args, sys._getframe(1))
+            else:
+                plain = [value for value in args if value.__class__ in _PLAIN]
+                named = [pair for pair in kwargs.items() if pair[1].__class__ in _PLAIN]
+                self.calls.append((func, plain, named))
+        return func(*args, **kwargs)
 
 
 class _Generators:
