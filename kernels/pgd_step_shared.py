@@ -14,11 +14,12 @@ from .layout import dense
 
 @triton.jit
 def count_gradient(grad, inside, counts, counts_stride):
-    """Add the numbers of zero and NaN elements to two counters."""
+    """Add the numbers of elements that are zero and that are not finite to two counters."""
     zeros = tl.sum(((grad == 0) & inside).to(tl.int64), 0)
-    nans = tl.sum(((grad != grad) & inside).to(tl.int64), 0)
+    finite = tl.abs(grad) < float("inf")
+    others = tl.sum((~finite & inside).to(tl.int64), 0)
     tl.atomic_add(counts, zeros, sem="relaxed")
-    tl.atomic_add(counts + counts_stride, nans, sem="relaxed")
+    tl.atomic_add(counts + counts_stride, others, sem="relaxed")
 
 
 @triton.jit

@@ -8,18 +8,18 @@ namespace {
 
 struct Counts {
   int64_t zeros = 0;
-  int64_t nans = 0;
+  int64_t not_finite = 0;
 };
 
 template <class G>
 FASTADV_INLINE Counts count_gradient(const G* grad, int64_t n) {
-  int64_t zeros = 0, nans = 0;
+  int64_t zeros = 0, not_finite = 0;
   for (int64_t i = 0; i < n; ++i) {
     const auto g = load(grad[i]);
     zeros += g == 0;
-    nans += g != g;
+    not_finite += g - g != 0;  // NaN for infinities and NaN
   }
-  return {zeros, nans};
+  return {zeros, not_finite};
 }
 
 template <class T, class G>
@@ -81,7 +81,7 @@ struct Cpu {
 
 void add_counts(const at::Tensor& grad, const Active& active, const at::Tensor& counts) {
   const int64_t size = sample_size(grad);
-  std::atomic<int64_t> zeros{0}, nans{0};
+  std::atomic<int64_t> zeros{0}, not_finite{0};
   dispatch_float(grad.scalar_type(), "grad", [&](auto t) {
     using G = decltype(t);
     parallel_over_samples(grad.size(0), size, [&](int64_t sample, int64_t begin, int64_t end) {
@@ -89,11 +89,11 @@ void add_counts(const at::Tensor& grad, const Active& active, const at::Tensor& 
       const G* g = data<G>(grad) + sample * size + begin;
       const Counts found = FASTADV_DISPATCH(count_gradient(g, end - begin));
       zeros += found.zeros;
-      nans += found.nans;
+      not_finite += found.not_finite;
     });
   });
   counts.data_ptr<int64_t>()[0] += zeros;
-  counts.data_ptr<int64_t>()[1] += nans;
+  counts.data_ptr<int64_t>()[1] += not_finite;
 }
 
 TORCH_LIBRARY_IMPL(fastadv, CPU, m) {

@@ -81,7 +81,7 @@ void for_samples(const PgdImages& images, const PgdStep& step, const F& f) {
   });
 }
 
-// Adds the zero and NaN elements of a batch-major gradient to two counters.
+// Adds the zero elements, and those that are not finite, of a batch-major gradient to two counters.
 void add_counts(const at::Tensor& grad, const Active& active, const at::Tensor& counts);
 
 // The step as an op that returns its result, and as one that writes into `adv`: `into` does it on

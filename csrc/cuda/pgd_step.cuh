@@ -34,14 +34,14 @@ cudaError_t dispatch_step(const PgdStep& s, F&& f) {
                   [&](auto t) { return dispatch(s.grad_dtype, [&](auto g) { return f(t, g); }); });
 }
 
-// Zero and NaN gradient elements a thread has seen.
+// Gradient elements a thread has seen that are zero, and that are not finite.
 struct Seen {
   unsigned long long number[2] = {0, 0};
 
   template <class V>
   __device__ void add(V g) {
     number[0] += g == 0;
-    number[1] += g != g;
+    number[1] += g - g != 0;  // NaN for infinities and NaN
   }
   // Integers: the order of the additions does not matter. All threads of the warp must call it.
   __device__ void add_to(int64_t* counts) {

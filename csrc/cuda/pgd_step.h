@@ -16,7 +16,7 @@ struct PgdStep {
   double low, high;
   double sparsity;
   const bool* active;  // [B], or null for all
-  int64_t* counts;     // [2]: zero and NaN gradient elements are added; or null
+  int64_t* counts;     // [2]: to add how many gradient elements are zero, not finite; or null
   double* workspace;   // of pgd_step_l2_workspace() elements
 };
 

@@ -169,7 +169,6 @@ class AttackBatch:
         if self.norm == "l1":
             self.count(grad)
             return self.step_along_(adv, grad, alpha, sparsity)
-        self._count_infinite(grad)  # the op counts zeros and NaN on its way
         return self._step_(adv, grad, alpha, active=self.active, counts=self.counters.counts)
 
     def step_along_(
@@ -199,16 +198,6 @@ class AttackBatch:
         """Count the zeros, NaN and infinities of a gradient that no `step_` sees."""
         zero, useless = self._of_active(grad == 0), self._of_active(~grad.isfinite())
         self.counters.counts += torch.stack((zero.sum(), useless.sum()))
-
-    def _count_infinite(self, grad: Tensor) -> None:
-        """Count the samples whose gradient has infinite elements and no NaN.
-
-        The largest and the smallest element cost less than a search. A norm would cost less still, but the squares
-        of elements above 1.8e19 overflow in float32.
-        """
-        axes = tuple(range(1, grad.dim()))
-        infinite = grad.amax(axes).isinf() | grad.amin(axes).isinf()
-        self.counters.counts[1].add_(self._of_active(infinite).sum())
 
     def _of_active(self, flags: Tensor) -> Tensor:
         """Flags [B, ...] of the samples that are counted; false for the others."""

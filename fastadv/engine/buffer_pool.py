@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from fastadv.engine.operands import storage_of
+
 
 class Memory:
     """Channels-last buffers of one dtype, handed out during a pass and all taken back at its end.
@@ -57,6 +59,14 @@ class Memory:
             key, buffer = self._gradients.pop(address)
             self._free[key].append(buffer)
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in one of the buffers."""
+        lists = (self._taken, self._gradients.values())
+        buffers = [buffer for taken in lists for _, buffer in taken]
+        for free in self._free.values():
+            buffers += free
+        return storage_of(tensor) in map(storage_of, buffers)
+
     def reset(self, batch: int) -> None:
         """Take every buffer back; drop them if they are for fewer images."""
         for key, buffer in (*self._taken, *self._gradients.values()):
@@ -69,9 +79,10 @@ class Memory:
             self._most = batch
 
     def _new(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
-        return torch.empty(
-            tuple(shape), dtype=self.dtype, memory_format=torch.channels_last, device="cpu"
-        )
+        with torch._C._DisableTorchDispatch():  # a replay of the pass writes to the same buffer
+            return torch.empty(
+                tuple(shape), dtype=self.dtype, memory_format=torch.channels_last, device="cpu"
+            )
 
 
 def storage_address(tensor: Tensor) -> int:

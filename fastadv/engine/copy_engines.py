@@ -27,9 +27,11 @@ from fastadv.engine.engines import (
     gradient_at_logits,
 )
 from fastadv.engine.graphed_passes import GraphedPasses
+from fastadv.engine.hidden_draws import is_torchs
 from fastadv.engine.precision import COMPUTE_DTYPES
 from fastadv.engine.recorder import record
 from fastadv.engine.recording import Recording
+from fastadv.engine.replayed_program import ReplayedProgram
 from fastadv.engine.tape import Tape
 
 
@@ -154,6 +156,10 @@ class ProgramEngine(EngineOnCopy):
         super().__init__(tape, recording, precision, reason)
         self._copy = AttackCopy(tape, recording, COMPUTE_DTYPES[precision], pack=True)
         self._program = Program(self._copy)
+        own = tape.own_functions or not all(is_torchs(op.function) for op in tape.ops)
+        self._passes = ReplayedProgram(
+            self._program, "the model calls code of others" if own else None
+        )
 
     @property
     def steps(self) -> Sequence[ProgramStep]:
@@ -162,20 +168,26 @@ class ProgramEngine(EngineOnCopy):
 
     def rest(self) -> None:
         """As in `EngineOnCopy.rest`."""
-        self._program.release()
+        self._passes.release()
+
+    def refresh(self, recording: Recording) -> None:
+        """As in `EngineOnCopy.refresh`."""
+        super().refresh(recording)
+        self._passes.refresh()
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits [B, C] without gradient."""
-        logits, _ = self._program.forward(x)
+        logits, _ = self._passes.forward(x, with_gradient=False)
         check_logits(logits, x.shape[0])
         return logits.to(torch.float32, copy=True)
 
     def gradient(self, x: Tensor, value_of: ValueOfLogits) -> InputGradient:
         """As in `Engine.gradient`; ``grad`` is in the program's dtype and valid until the engine's next call."""
-        output, run = self._program.forward(x)
+        output, started = self._passes.forward(x, with_gradient=True)
         check_logits(output, x.shape[0])
         value, at_logits = gradient_at_logits(output, value_of)
-        grad = self._program.backward(run, at_logits)
+        logits = output.to(torch.float32, copy=True)
+        grad = self._passes.backward(started, at_logits)
         check_gradient(grad is not None)
         assert grad is not None
-        return InputGradient(value, output.to(torch.float32, copy=True), grad)
+        return InputGradient(value, logits, grad)

@@ -72,6 +72,11 @@ class Program:
         """In the order in which they run forward."""
         return self._steps
 
+    @property
+    def memory(self) -> Memory:
+        """The buffers that are kept between passes."""
+        return self._memory
+
     def release(self) -> None:
         """Let go of the memory kept between passes."""
         self._memory = Memory(self._memory.dtype)

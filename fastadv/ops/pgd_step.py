@@ -140,8 +140,8 @@ def pgd_step_(
         bounds: as in `pgd_step`.
         sparsity: as in `pgd_step`.
         active: as in `pgd_step`; where False the sample stays as it is.
-        counts: int64 tensor [2] to which the numbers of zero and of NaN gradient elements of the active samples
-            are added. A large share of zeros is a sign of gradient masking.
+        counts: int64 tensor [2] to which the numbers of gradient elements of the active samples that are zero, and
+            that are NaN or infinite, are added. A large share of zeros is a sign of gradient masking.
 
     Returns:
         ``adv``.

@@ -212,10 +212,10 @@ def chosen(active: Tensor | None, stepped: Tensor, adv: Tensor) -> Tensor:
 
 
 def add_counts(counts: Tensor | None, grad: Tensor, active: Tensor | None) -> None:
-    """Add the numbers of zero and of NaN gradient elements of the active samples to ``counts``, if it is given."""
+    """Add to ``counts`` how many gradient elements of the active samples are zero, and how many are not finite."""
     if counts is not None:
         seen = grad if active is None else grad[active]
-        counts += torch.stack(((seen == 0).sum(), torch.isnan(seen).sum()))
+        counts += torch.stack(((seen == 0).sum(), (~torch.isfinite(seen)).sum()))
 
 
 def _column(number: float, values: Tensor | None, like: Tensor) -> Tensor:

@@ -147,12 +147,12 @@ def _counting_formula(counts: Tensor | None, **arguments: object) -> tuple[Tenso
 def with_counts(
     results: tuple[Tensor, ...], counts: Tensor | None, arguments: Arguments
 ) -> tuple[Tensor, ...]:
-    """The results of a step, and then the counters of its gradient's zero and NaN elements, if it has them."""
+    """The results of a step, and then the counters of its gradient's elements, if it has them."""
     if counts is None:
         return results
     grad, active = arguments["grad"], arguments["active"]
     grad = grad if active is None else grad[active]
-    return (*results, counts + torch.stack(((grad == 0).sum(), grad.isnan().sum())))
+    return (*results, counts + torch.stack(((grad == 0).sum(), (~grad.isfinite()).sum())))
 
 
 def _scale(adv: Tensor, **_: object) -> tuple[float, ...]:

@@ -263,16 +263,19 @@ def test_a_half_precision_gradient_steps_full_precision_images(device: str, name
 
 @everywhere
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_zeros_and_nans_are_counted(device: str, name: str, layout: torch.memory_format) -> None:
+def test_zeros_and_useless_elements_are_counted(device: str, name: str, layout: torch.memory_format) -> None:
     grad = torch.ones((2, 3, 150, 151), device=device).contiguous(memory_format=layout)
     grad[0, 1, 3, :7] = 0.0
     grad[1, :, :, 2] = -0.0
     grad[1, 2, 149, 149:] = torch.nan
+    grad[0, 2, 140] = torch.inf
+    grad[0, 2, 141, 5:8] = -torch.inf
+    grad[0, 2, 142] = torch.finfo(torch.float32).max
     counts = torch.tensor([100, 1000], device=device)
     adv = torch.zeros_like(grad)
     with backend(name):
         pgd_step_(adv, grad, adv.clone(), EPS, ALPHA, counts=counts)
-    assert counts.tolist() == [100 + 7 + 450, 1000 + 2]
+    assert counts.tolist() == [100 + 7 + 450, 1000 + 2 + 151 + 3]
 
 
 @everywhere

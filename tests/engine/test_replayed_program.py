@@ -1,0 +1,296 @@
+"""Replays of a program's passes: the same bits as the program's own, and refused where they would not be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from attack_helpers import copy_of, randomise, refresh
+from torch import Tensor, nn
+
+from fastadv.engine import cpu_channels, replayed_program
+from fastadv.engine import cpu_convolution as convolution
+from fastadv.engine.buffer_pool import Memory
+from fastadv.engine.cpu_program import Program
+from fastadv.engine.operator_calls import CallRecorder
+from fastadv.engine.replayed_program import ReplayedProgram
+from fastadv.models import create_model
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not convolution.available(), reason="programs need the compiled part"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _replay_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replay passes however little it saves."""
+    monkeypatch.setattr(replayed_program, "_WORTH", 0.0)
+
+
+class Mixed(nn.Module):
+    """Steps under autograd, a residual, a sum of branches, layers of one's own arithmetic, and several results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 24, 3, padding=1)
+        self.norm = nn.BatchNorm2d(24)
+        self.down = nn.Conv2d(24, 32, 3, stride=2, padding=1, bias=False)
+        self.grouped = nn.Conv2d(32, 32, 3, padding=1, groups=4)
+        self.rows = nn.LayerNorm(32)
+        self.mixing = nn.Linear(32, 96)
+        self.scale = nn.Parameter(torch.rand(32, 1, 1) + 0.5)
+        self.last = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.first((x - 0.4) / 0.2)))
+        x = F.relu(self.down(x))
+        x = F.gelu(self.grouped(x)) * self.scale + x * torch.sigmoid(x.mean((2, 3), keepdim=True))
+        tokens = self.rows(x.flatten(2).transpose(1, 2))
+        q, k, v = self.mixing(tokens).chunk(3, dim=-1)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        joined = torch.cat([mixed, tokens], dim=1)
+        joined = joined + torch.tensor(0.25)
+        return self.last(F.softmax(joined, -1).mean(1) + x.amax((2, 3)))
+
+
+class Dense(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16 + 8 * i) for i in range(4))
+        self.convs = nn.ModuleList(nn.Conv2d(16 + 8 * i, 8, 3, padding=1) for i in range(3))
+        self.last = nn.Linear(40, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        results = [self.stem(x)]
+        for norm, conv in zip(self.norms, self.convs, strict=False):
+            results.append(conv(F.relu(norm(torch.cat(results, 1)))))
+        return self.last(F.relu(self.norms[3](torch.cat(results, 1))).mean((2, 3)))
+
+
+def patches() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 4, 4), nn.GELU(), nn.Conv2d(24, 32, 3, 2, 1), nn.ReLU(),
+        nn.Conv2d(32, 32, 5, padding=2, groups=32), nn.Hardswish(), nn.Flatten(),
+        nn.Linear(32 * 4, 5),
+    )  # fmt: skip
+
+
+# model and the shape of an image
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
+    "small_cnn, grey": (lambda: create_model("small_cnn", 5, 1), (1, 8, 8)),
+    "small_cnn": (lambda: create_model("small_cnn", 5, 3), (3, 12, 12)),
+    "preact_resnet18": (lambda: create_model("preact_resnet18", 5, 3), (3, 8, 8)),
+    "mixed": (Mixed, (3, 9, 7)),
+    "dense": (Dense, (3, 8, 8)),
+    "patches": (patches, (3, 14, 13)),
+}
+DTYPES = [
+    torch.float32,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(not cpu_channels.available(), reason="no AVX512-BF16"),
+    ),
+]
+
+
+def images_of(shape: tuple[int, ...], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(shape, generator=generator).contiguous(memory_format=torch.channels_last)
+
+
+def pass_of(program: Any, x: Tensor, *options: bool) -> tuple[Tensor, Tensor]:
+    """Logits, and the gradient of a weighted sum of them."""
+    logits, started = program.forward(x, *options)
+    kept = logits.clone()
+    weights = torch.linspace(-1, 2, logits.numel()).view_as(logits)
+    return kept, program.backward(started, weights).clone()
+
+
+def is_replayed(program: ReplayedProgram, x: Tensor, with_gradient: bool = True) -> bool:
+    return program.forward(x, with_gradient)[1].values is not None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_replays_have_the_bits_of_the_programs_own_passes(name: str, dtype: torch.dtype) -> None:
+    make, shape = MODELS[name]
+    torch.manual_seed(0)
+    model = randomise(make()).eval()
+    example = images_of((2, *shape), 0)
+    own = Program(copy_of(model, example, dtype, pack=True))
+    program = ReplayedProgram(Program(copy_of(model, example, dtype, pack=True)))
+    for turn in range(6):
+        for count in (3, 1):  # of which the first one makes the memory
+            x = images_of((count, *shape), 10 * turn + count)
+            for found, wanted in zip(pass_of(program, x, True), pass_of(own, x), strict=True):
+                assert torch.equal(found, wanted)
+            assert torch.equal(program.forward(x, False)[0], own.forward(x)[0])
+    for count, with_gradient in ((3, True), (3, False), (1, True)):
+        assert is_replayed(program, images_of((count, *shape), 0), with_gradient)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_replays_follow_new_weights(name: str) -> None:
+    make, shape = MODELS[name]
+    torch.manual_seed(0)
+    model = randomise(make()).eval()
+    x = images_of((2, *shape), 0)
+    copies = [copy_of(model, x, torch.float32, pack=True) for _ in range(2)]
+    own, program = Program(copies[0]), ReplayedProgram(Program(copies[1]))
+    for turn in range(3):
+        for _ in range(4):
+            for found, wanted in zip(pass_of(program, x, True), pass_of(own, x), strict=True):
+                assert torch.equal(found, wanted)
+        assert is_replayed(program, x), turn
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(torch.randn_like(weight), alpha=0.05)
+        for copied in copies:
+            refresh(copied, model, x)
+        program.refresh()
+
+
+def test_a_larger_batch_and_a_release_forget_the_replays() -> None:
+    model, example = create_model("small_cnn", 5, 3).eval(), images_of((2, 3, 8, 8), 0)
+    own = Program(copy_of(model, example, torch.float32, pack=True))
+    program = ReplayedProgram(Program(copy_of(model, example, torch.float32, pack=True)))
+    for count in (2, 5):
+        x = images_of((count, 3, 8, 8), count)
+        assert not is_replayed(program, x)
+        for _ in range(4):
+            assert torch.equal(pass_of(program, x, True)[1], pass_of(own, x)[1])
+        assert is_replayed(program, x)
+    assert not is_replayed(program, images_of((2, 3, 8, 8), 0))
+    program.release()
+    assert not is_replayed(program, x)
+    assert torch.equal(pass_of(program, x, True)[1], pass_of(own, x)[1])
+
+
+def test_replays_of_many_shapes_are_forgotten_in_turn(monkeypatch) -> None:
+    monkeypatch.setattr(replayed_program, "_KINDS", 2)
+    model, example = create_model("small_cnn", 5, 3).eval(), images_of((4, 3, 8, 8), 0)
+    program = ReplayedProgram(Program(copy_of(model, example, torch.float32, pack=True)))
+    for count in (4, 3, 2):
+        for _ in range(4):
+            pass_of(program, example[:count], True)
+    replayed = [is_replayed(program, example[:count]) for count in (2, 3, 4)]
+    assert replayed == [True, True, False]
+
+
+def test_passes_that_gain_little_are_not_replayed(monkeypatch) -> None:
+    monkeypatch.setattr(replayed_program, "_WORTH", float("inf"))
+    model, x = create_model("small_cnn", 5, 3).eval(), images_of((2, 3, 8, 8), 0)
+    program = ReplayedProgram(Program(copy_of(model, x, torch.float32, pack=True)))
+    for _ in range(4):
+        pass_of(program, x, True)
+    assert not is_replayed(program, x)
+
+
+class Stub:
+    """A program of one layer, whose Python code may do what it likes.
+
+    Args:
+        forward: the code.
+    """
+
+    def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
+        self._forward, self.memory, self.passes = forward, Memory(torch.float32), 0
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.passes += 1
+        with torch.no_grad():
+            return self._forward(x), x
+
+    def backward(self, run: Tensor, at_logits: Tensor) -> Tensor:
+        return run * at_logits.sum()
+
+
+def through_numpy(x: Tensor) -> Tensor:
+    return x.flatten(1) * torch.from_numpy(np.asarray(x.mean((1, 2, 3), keepdim=True)))[:, 0, 0]
+
+
+def by_a_number(x: Tensor) -> Tensor:
+    return x.flatten(1) * x.mean().item()
+
+
+def by_a_choice(x: Tensor) -> Tensor:
+    return x.flatten(1) if x.mean() > 0.5 else -x.flatten(1)
+
+
+CONSTANT = torch.zeros(2, 12)
+
+
+def written_outside(x: Tensor) -> Tensor:
+    CONSTANT.copy_(x.flatten(1))
+    return CONSTANT * 2
+
+
+REFUSED = {
+    "random": lambda x: x.flatten(1) + torch.rand_like(x.flatten(1)).mul(0).add(1),
+    "by a number": by_a_number,
+    "by a choice": by_a_choice,
+    "written outside": written_outside,
+    "in place": lambda x: x.flatten(1).clone().unsqueeze_(0)[0] * 2,
+    "through NumPy": through_numpy,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_passes_that_no_recording_describes_are_not_replayed(name: str) -> None:
+    stub = Stub(REFUSED[name])
+    program = ReplayedProgram(stub)  # type: ignore[arg-type]
+    for turn in range(6):
+        x = images_of((2, 3, 2, 2), turn)
+        logits, gradient = pass_of(program, x, True)
+        assert torch.equal(logits, REFUSED[name](x)), turn
+        assert gradient.shape == x.shape
+    assert stub.passes == 6
+    assert [kind.fault is not None for kind in program._kinds.values()] == [True]
+
+
+def test_programs_with_code_of_others_are_not_replayed() -> None:
+    stub = Stub(lambda x: x.flatten(1) * 2)
+    programs = ReplayedProgram(stub, "code of others"), ReplayedProgram(stub)  # type: ignore
+    x = images_of((2, 3, 2, 2), 0)
+    for _ in range(4):
+        for program in programs:
+            pass_of(program, x, True)
+    assert [is_replayed(program, x) for program in programs] == [False, True]
+
+
+def test_numbers_that_are_no_numbers_do_not_hinder_replays() -> None:
+    program = ReplayedProgram(Stub(lambda x: x.flatten(1) / 0))  # type: ignore[arg-type]
+    x = torch.zeros(2, 3, 2, 2)
+    for _ in range(4):
+        assert pass_of(program, x, True)[0].isnan().all()
+    assert is_replayed(program, x)
+
+
+def test_replays_keep_no_tensor_longer_than_needed() -> None:
+    def doubled_often(x: Tensor) -> Tensor:
+        for _ in range(5):
+            x = x * 2
+        return x.flatten(1)
+
+    program = ReplayedProgram(Stub(doubled_often))  # type: ignore[arg-type]
+    x = images_of((2, 3, 2, 2), 0)
+    for _ in range(3):
+        pass_of(program, x, True)
+    _, started = program.forward(x, True)
+    assert started.values is not None
+    assert sum(isinstance(value, Tensor) for value in started.values) == 2  # images and logits
+
+
+def test_a_view_that_nobody_has_made_is_noticed() -> None:
+    recorder, x = CallRecorder(lambda tensor: False), torch.rand(4, 4)
+    recorder.add(x)
+    view = x[1:]
+    with recorder:
+        view.sum()
+    assert recorder.fault is not None and "view" in recorder.fault
