@@ -23,7 +23,7 @@ from fastadv.engine.operands import version_of
 from fastadv.engine.outline import makes_new
 from fastadv.engine.recording import Recording
 from fastadv.engine.recording_mode import recording_mode, warm_up
-from fastadv.engine.repeat import Repeat, Result
+from fastadv.engine.repeat import MadeTensor, Repeat
 
 _MOST_WASTED = 2  # proofs in a row that are cached though the weights change before each use
 _WITHOUT_GRADIENTS = 15  # proofs in a row by logits alone, while the weights change before each use
@@ -45,7 +45,7 @@ class CachedRecording:
         self.images = recording.images.detach().clone()
         self._weights, self._warmup = weights, warmup
         results = {
-            op.place: Result.of(op, recording.values[op.place])
+            op.place: MadeTensor.of(op, recording.values[op.place])
             for op in recording.ops
             if recording.depends[op.place] and not op.writes and makes_new(op, recording)
         }

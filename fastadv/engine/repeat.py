@@ -22,7 +22,7 @@ from fastadv.engine.tape import same_call
 from fastadv.engine.watched_size import WatchedSize
 
 
-class Result(NamedTuple):
+class MadeTensor(NamedTuple):
     """What an operation on the images makes, which is one tensor in memory of its own.
 
     Attributes:
@@ -36,12 +36,12 @@ class Result(NamedTuple):
     is_all: bool
 
     @staticmethod
-    def of(op: RecordedOp, value: Tensor) -> Result:
+    def of(op: RecordedOp, value: Tensor) -> MadeTensor:
         """The result of an operation."""
         shape = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
         name = functions.name_of(op.function)
         is_all = not functions.may_write(name, op.kwargs) and not ragged.may_decide(name)
-        return Result(shape, value.requires_grad, is_all)
+        return MadeTensor(shape, value.requires_grad, is_all)
 
     def blank(self, device: torch.device) -> Tensor:
         """Memory for such a result, whatever it holds; whole numbers are 0."""
@@ -64,7 +64,7 @@ class Repeat(Recorder):
         self,
         images: Tensor,
         ops: Sequence[RecordedOp],
-        results: dict[int, Result],
+        results: dict[int, MadeTensor],
         gradients: bool = True,
     ) -> None:
         super().__init__(images)
