@@ -8,8 +8,9 @@ without gradients, such as those that normalise their weights, count as adapting
 from __future__ import annotations
 
 import sys
+import types
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,13 +33,17 @@ class Adaptation:
         never: it does not, and no pass is watched.
         unlikely: it did not when it was last looked at. Its parameters are then kept from the first gradient on
             that it takes, and not from the beginning.
+        questions: watches the pass that tells, and has been entered before; None lets it enter one of its own.
 
     Attributes:
         is_known: whether a pass has told.
         adapts: whether the model does so, for all that is known.
     """
 
-    def __init__(self, never: bool = False, unlikely: bool = False) -> None:
+    def __init__(
+        self, never: bool = False, unlikely: bool = False, questions: Questions | None = None
+    ) -> None:
+        self._questions = questions
         self.is_known, self.adapts = never, not (never or unlikely)
         self._unlikely = unlikely
         self._to_freeze: list[nn.Parameter] = []
@@ -75,15 +80,17 @@ class Adaptation:
             taken = True
 
         hooks = [parameter.register_hook(note) for parameter in parameters]
-        questions = _Questions(images)
+        questions = self._questions or Questions()
         try:
             with ExitStack() as stack:
                 if isinstance(model, nn.Module):  # the code of a compiled part must run to be seen
                     stack.enter_context(uncompiled(model))
                 if parameters and (isinstance(model, nn.Module) or draws_can_be_watched(model)):
-                    stack.enter_context(questions)
+                    stack.enter_context(nullcontext() if self._questions else questions)
+                    questions.images = images
                 yield
         finally:
+            questions.images = None
             for hook in hooks:
                 hook.remove()
         written = before is not None and before != content_or_counters(every)
@@ -102,25 +109,29 @@ class Adaptation:
         self._kept.close()
 
 
-class _Questions(TorchFunctionMode):
+class Questions(TorchFunctionMode):
     """Watches a forward pass for questions whether tensors that do not depend on the images require grad.
 
     Attributes:
+        images: the images; None where nobody asks for questions.
         seen: whether there was one.
     """
 
-    def __init__(self, images: Tensor) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._images, self.seen = images, False
+        self.images: Tensor | None = None
+        self.seen = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run one function."""
-        if (
-            torch.compiler.is_compiling()
-        ):  # as within `torch.cond`; the compiler cannot look at frames
-            return func(*args, **(kwargs or {}))
-        if not self.seen and reads_for_itself(func, sys._getframe(1)):
-            self.seen = not leads_to(args[0], self._images)
+        # Not within `torch.cond`: the compiler cannot look at frames.
+        if self.images is not None and not torch.compiler.is_compiling():
+            self.look_at(func, args, sys._getframe(1))
         return func(*args, **(kwargs or {}))
+
+    def look_at(self, func: Any, args: tuple[Any, ...], caller: types.FrameType) -> None:
+        """Look whether a call of a function of torch is such a question, before it runs."""
+        if self.images is not None and not self.seen and reads_for_itself(func, caller):
+            self.seen = not leads_to(args[0], self.images)

@@ -19,11 +19,11 @@ from fastadv.engine import proof
 from fastadv.engine.content import content
 from fastadv.engine.hidden_draws import is_torchs
 from fastadv.engine.networks import modules_of
-from fastadv.engine.operands import count_write, version_of
-from fastadv.engine.outline import blank, makes_new
-from fastadv.engine.recorder import Recorder
-from fastadv.engine.recording import RecordedOp, Recording
+from fastadv.engine.operands import version_of
+from fastadv.engine.outline import makes_new
+from fastadv.engine.recording import Recording
 from fastadv.engine.recording_mode import recording_mode, warm_up
+from fastadv.engine.repeat import MadeTensor, Repeat
 
 _MOST_WASTED = 2  # proofs in a row that are cached though the weights change before each use
 _WITHOUT_GRADIENTS = 15  # proofs in a row by logits alone, while the weights change before each use
@@ -38,17 +38,19 @@ class CachedRecording:
         warmup: as in `fastadv.engine.recorder.record`.
 
     Attributes:
-        seconds: of the first `repeated`, as far as it has been timed.
+        seconds: of the first `is_unchanged`, as far as it has been timed.
     """
 
     def __init__(self, recording: Recording, weights: tuple[Any, ...], warmup: int = 0) -> None:
         self.images = recording.images.detach().clone()
-        self._ops, self._weights, self._warmup = list(recording.ops), weights, warmup
-        self._shapes = {
-            op.place: _shape(recording.values[op.place])
+        self._weights, self._warmup = weights, warmup
+        results = {
+            op.place: MadeTensor.of(op, recording.values[op.place])
             for op in recording.ops
             if recording.depends[op.place] and not op.writes and makes_new(op, recording)
         }
+        self._outcome = (recording.output, tuple(recording.comparisons), recording.autocast)
+        self._ops, self._results = list(recording.ops), results
         self._default_dtype = torch.get_default_dtype()
         self.seconds = 0.0
 
@@ -72,46 +74,59 @@ class CachedRecording:
         """Whether the images in memory have the layout that other images [B, ...] have."""
         return torch.empty_like(x[:1], device="meta").stride()[1:] == self.images.stride()[1:]
 
-    def repeated(self, model: nn.Module) -> Recording | None:
-        """A recording of now, of the same images, without values; None where weights differ or the model fails."""
+    def is_unchanged(self, model: nn.Module, gradients: bool = True) -> bool:
+        """Whether the model calls the recorded operations, no others, on the same numbers and weights.
+
+        Args:
+            model: the model.
+            gradients: False lets it run, without warming up, where no gradients are computed.
+        """
         with recording_mode(model):
-            warm_up(model, self.images, self._warmup)
-            return self.again(model)
+            warm_up(model, self.images, self._warmup if gradients else 0)
+            return self.again(model, gradients=gradients)
 
     def again(
-        self, model: nn.Module, unchanged: Sequence[tuple[Tensor, int]] = ()
-    ) -> Recording | None:
-        """As `repeated`, of a model that is in `recording_mode` and has warmed up.
+        self,
+        model: nn.Module,
+        unchanged: Sequence[tuple[Tensor, int]] = (),
+        gradients: bool = True,
+    ) -> bool:
+        """As `is_unchanged`, of a model that is in `recording_mode` and has warmed up.
 
         Args:
             model: the model.
             unchanged: weights, with torch's counts of their changes, that are taken to be as they were recorded.
+            gradients: as in `is_unchanged`.
         """
         if torch.get_default_dtype() != self._default_dtype:
-            return None
+            return False
+        repeat = Repeat(self.images, self._ops, self._results, gradients)
         try:
-            with torch.enable_grad():
-                recording = _Repeat(self.images, self._ops, self._shapes).run(model)
+            with torch.set_grad_enabled(gradients):
+                now = repeat.run(model)
         except Exception:  # if it is the model's own, the pass that comes instead raises it again
-            return None
+            return False
+        outcome = (now.output, tuple(now.comparisons), now.autocast)
+        alike = repeat.is_complete() and outcome == self._outcome
+        return alike and self._has_weights_of(now, unchanged)
+
+    def _has_weights_of(
+        self, recording: Recording, unchanged: Sequence[tuple[Tensor, int]]
+    ) -> bool:
+        """Whether the weights of a pass have the recorded content; ``unchanged`` as in `again`."""
         weights = [recording.values[place] for place in recording.external()]
         known = {id(tensor) for tensor, version in unchanged if tensor._version == version}
         if len(weights) != len(self._weights):
-            return None
+            return False
         numbers = [number for number, tensor in enumerate(weights) if id(tensor) not in known]
         now = content([weights[number] for number in numbers])
-        return recording if now == tuple(self._weights[number] for number in numbers) else None
+        return now == tuple(self._weights[number] for number in numbers)
 
 
 def counted_weights(recording: Recording) -> list[tuple[Tensor, int]]:
     """The weights that a recording has used, each with torch's count of its changes."""
     tensors = (recording.values[place] for place in recording.external())
     return [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
-
-
-def _shape(value: Tensor) -> tuple[Tensor, bool]:
-    shape = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-    return shape, value.requires_grad
 
 
 class Changes:
@@ -158,32 +173,3 @@ class Changes:
         tensors = (recording.values[place] for place in recording.external())
         self._versions = {id(tensor): version_of(tensor) for tensor in tensors}
         return self._wasted < _MOST_WASTED
-
-
-class _Repeat(Recorder):
-    """Records, and computes no operation on the images that is that of an earlier recording."""
-
-    def __init__(
-        self, images: Tensor, ops: list[RecordedOp], shapes: dict[int, tuple[Tensor, bool]]
-    ) -> None:
-        super().__init__(images)
-        self._ops, self._shapes = ops, shapes
-
-    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """As in `Recorder.call`."""
-        number = len(self.recording.ops)
-        then = self._ops[number] if number < len(self._ops) else None
-        if then is None or func is not then.function:
-            return super().call(func, args, kwargs)
-        shape = self._shapes.get(then.place)
-        writes = then.writes and bool(args) and self._depends(args[0])
-        if shape is None and not writes:
-            return super().call(func, args, kwargs)
-        self._referred = self.referred(args), self.referred(kwargs)
-        same = self._referred == (then.args, then.kwargs)
-        if not same or then.with_gradient != torch.is_grad_enabled():
-            return super().call(func, args, kwargs)
-        if shape is None:
-            count_write(args[0])
-            return args[0]
-        return blank(shape[0], self.recording.images.device, shape[1])

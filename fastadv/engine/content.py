@@ -41,7 +41,7 @@ def content_or_counters(tensors: Sequence[Tensor]) -> Hashable:
 def _is_ordinary(tensor: Tensor) -> bool:
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.device.type == "cpu"
+        and tensor.is_cpu
         and tensor.layout == torch.strided
         and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
     )

@@ -133,7 +133,7 @@ def is_steady(
     Args:
         model: the model.
         tape: its operations.
-        cached: one recording of it.
+        cached: one recording of it, which the tape describes.
         recording: that one, whose weights then are not looked at again unless torch counts a change of them.
     """
     unchanged = [] if recording is None else counted_weights(recording)
@@ -142,8 +142,7 @@ def is_steady(
         warm_up(model, cached.images, tape.warmup)
         before, calls, done = plain_state(model), _CALLS, 0
         while done < calls:
-            again = cached.again(model, unchanged)
-            if again is None or not tape.describes(again):
+            if not cached.again(model, unchanged):
                 return False
             done += 1
             if done == 1:

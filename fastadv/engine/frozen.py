@@ -25,6 +25,7 @@ def frozen(
     keep_parameters: bool = False,
     seed: int | None = None,
     watch: bool = False,
+    keep_attributes: bool = False,
 ) -> Iterator[None]:
     """Set a module's mode and hold its state; restore all of it on leaving, exceptions included.
 
@@ -44,6 +45,7 @@ def frozen(
         seed: seed of the random numbers that the model draws inside, such as dropout's in train mode. The caller's
             random state is restored. None does not touch the random state.
         watch: do not touch the random state until the model draws.
+        keep_attributes: put back all plain attributes of the registered modules, not only those that held tensors.
 
     Raises:
         ValueError: if the model has lazy modules, whose weights have no shape yet.
@@ -58,7 +60,13 @@ def frozen(
                 stack.enter_context(_kept_buffers(parts))
             stack.enter_context(_in_mode(model, parts, train_mode))
             if keep_state:
-                stack.enter_context(kept_attributes(parts, tensors_only=True))
+                own = modules_of(model) if keep_attributes and isinstance(model, nn.Module) else []
+                if len(own) < len(parts):
+                    held = set(map(id, own))
+                    hidden = [part for part in parts if id(part) not in held]
+                    stack.enter_context(kept_attributes(hidden, tensors_only=True))
+                if own:
+                    stack.enter_context(kept_attributes(own, tensors_only=False))
             if keep_parameters:
                 stack.enter_context(kept_parameters(parameters_of(parts)))
             if freeze_parameters:

@@ -27,7 +27,7 @@ def is_torchs(function: Any) -> bool:
     if isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return str(function).startswith("fastadv.")
     if isinstance(function, (types.FunctionType, types.MethodType)):
-        return function is item or function.__module__.startswith("torch.")
+        return function is item or f"{function.__module__}.".startswith("torch.")
     return True  # built in
 
 

@@ -33,7 +33,7 @@ def kept_attributes(parts: Sequence[nn.Module], tensors_only: bool) -> Iterator[
         (container, container.copy())
         for _, attributes in saved
         for name, value in attributes.items()
-        if type(value) not in SIMPLE and name not in TORCHS_ATTRIBUTES
+        if type(value) not in SIMPLE and name not in TORCHS_ATTRIBUTES and _may_be_searched(value)
         for container in _containers(value)
     ]
 
@@ -73,6 +73,8 @@ def _holds_containers(value: Any) -> bool:
     """Whether an entry of a container may be searched; asked of the types, as a memory bank has many entries."""
     if not _may_be_searched(value):
         return False
+    if SIMPLE.issuperset(map(type, value)) and not isinstance(value, dict):
+        return False  # most tuples: of numbers
     kinds = set(map(type, value))
     if isinstance(value, dict):
         kinds.update(map(type, value.values()))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from fastadv.engine.adaptation import Adaptation
+from fastadv.engine.adaptation import Adaptation, Questions
 from fastadv.engine.cached_recording import CachedRecording
 from fastadv.engine.compiled_parts import unwrapped
 from fastadv.engine.engines import Engine, Model, channels_last
@@ -110,7 +110,7 @@ class LiveEngine(EagerEngine):
     """
 
     cached_recording: CachedRecording | None = None  # its proof
-    first_pass: AbstractContextManager[object] | None = None  # entered for the next pass alone
+    first_pass: Questions | None = None  # entered for the next pass alone
 
     def __init__(self, precision: str, reason: str, channels_last: bool, tape: Tape) -> None:
         super().__init__(precision, reason, False, "never", channels_last)
@@ -129,7 +129,7 @@ class LiveEngine(EagerEngine):
         inner = unwrapped(model) if isinstance(model, nn.Module) else model
         # No recording holds gradients in parameters. An attack that is not proven may find some all the same.
         watched = self.first_pass is not None
-        self._adaptation = Adaptation(never=not watched, unlikely=watched)
+        self._adaptation = Adaptation(not watched, watched, self.first_pass)
         with super().session(inner, seed, current):
             yield
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
+from torch.autograd.graph import Node, increment_version
 
 from fastadv.engine.watched_size import WatchedSize
 
@@ -64,7 +64,10 @@ def storage_of(tensor: Tensor) -> int:
 
 def leads_to(tensor: Tensor, leaf: Tensor) -> bool:
     """Whether a tensor's autograd graph reaches the images."""
-    waiting, seen = [tensor.grad_fn], set()
+    if tensor.grad_fn is None:  # as of most weights
+        return False
+    seen: set[Node] = set()
+    waiting: list[Node | None] = [tensor.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:

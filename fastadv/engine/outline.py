@@ -7,6 +7,7 @@ known function is only memory of the right shape. Other functions run, on whatev
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ _ALIKE = frozenset(
 # Theirs is that of all operands, spread.
 _SPREAD = frozenset(
     ("add", "sub", "mul", "div", "true_divide", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__",
-     "__rmul__", "__truediv__", "__iadd__", "__imul__")
+     "__rmul__", "__truediv__", "__iadd__", "__imul__", "addcmul")
 )  # fmt: skip
 # They treat each image, or each row, alone: functions by the number of axes of the first argument, at least.
 _ROWS = {
@@ -100,10 +101,15 @@ class _Outline(Recorder):
         if not is_torchs(func):
             raise RuntimeError("only a real pass can tell")
         then = self._like.ops[number] if number < len(self._like.ops) else None
-        if then is None or func is not then.function or not args or args[0] is not operands[0]:
+        if then is None or func is not then.function or not args:
             return super().call(func, args, kwargs)
         value = self._like.values[then.place]
-        shape = _shape_of(func.__name__, then, self._like, operands)
+        if func is torch.cat and not then.writes:
+            shape = _joined_shape(*args, **kwargs)
+        elif args[0] is operands[0]:
+            shape = _shape_of(func.__name__, then, self._like, operands)
+        else:
+            return super().call(func, args, kwargs)
         if then.writes and shape == args[0].shape and self._depends(args[0]):
             count_write(args[0])
             return args[0]
@@ -149,6 +155,18 @@ def _shape_of(
         batches = broadcast_shapes(first.shape[:-2], other.shape[:-2])
         return torch.Size((*batches, first.shape[-2], other.shape[-1]))
     return None
+
+
+def _joined_shape(parts: Sequence[Tensor], dim: int = 0, **others: Any) -> torch.Size | None:
+    """The shape of the result of `torch.cat`, where it is known for sure."""
+    shapes = [list(part.shape) for part in parts]
+    if others or not all(-len(shape) <= dim < len(shape) for shape in shapes):
+        return None
+    sizes = [shape.pop(dim) for shape in shapes]
+    if any(shape != shapes[0] for shape in shapes):
+        return None
+    shapes[0].insert(dim % (len(shapes[0]) + 1), sum(sizes))
+    return torch.Size(shapes[0])
 
 
 def _in_order_of(value: Tensor, shape: torch.Size) -> Tensor:

@@ -68,10 +68,12 @@ def sees_own_functions(recorder: Recorder, outermost: types.CodeType) -> Iterato
                 return  # of a module that is needed for the first time
             recorder.refusal = "its forward draws random numbers (the system's)"
 
+    recorder.profile = watch
     sys.setprofile(watch)
     try:
         yield
     finally:
+        recorder.profile = None
         sys.setprofile(None)
 
 

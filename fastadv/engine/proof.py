@@ -212,17 +212,27 @@ def agrees(
             fault = evidence_of(recording, model, engine.precision).against(engine)
             if fault is not None:
                 return False
-        if by_mode and not agrees_without_gradients(engine, model, images):
+        if by_mode and not agrees_without_gradients(engine, model, images, logits):
             return False
     except Exception:  # as when building
         return False
     return difference_of_logits(logits, recording.logits.detach(), engine.precision) is None
 
 
-def agrees_without_gradients(engine: Engine, model: nn.Module, images: Tensor) -> bool:
-    """Whether an engine's logits of a few images are those of the live model where no gradients are computed."""
+def agrees_without_gradients(
+    engine: Engine, model: nn.Module, images: Tensor, logits: Tensor | None = None
+) -> bool:
+    """Whether an engine's logits of a few images are those of the live model where no gradients are computed.
+
+    Args:
+        engine: the engine.
+        model: the live model, whose weights the engine has.
+        images: the images [B, ...].
+        logits: the engine's logits, if they are known.
+    """
     with recording_mode(model), torch.no_grad():
         wanted = model(images.clone())
-    with engine.session(model, 0, current=True):
-        found = engine.logits(engine.images(images))
-    return difference_of_logits(found, wanted, engine.precision) is None
+    if logits is None:
+        with engine.session(model, 0, current=True):
+            logits = engine.logits(engine.images(images))
+    return difference_of_logits(logits, wanted, engine.precision) is None

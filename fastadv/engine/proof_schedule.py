@@ -11,6 +11,7 @@ stands if the proof finds the same engine. Else generators are put back, and the
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -18,8 +19,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
+from fastadv.engine.adaptation import Questions
 from fastadv.engine.compiled_parts import has_compiled_parts
 from fastadv.engine.engines import Engine
 from fastadv.engine.live_engines import LiveEngine
@@ -32,7 +33,7 @@ _KEPT = 16  # number of batch sizes and kinds of images
 _PLAIN = frozenset((int, float, bool, str, type(None)))
 
 
-class CallList(TorchFunctionMode):
+class CallList(Questions):
     """Lists the functions of torch that the calling thread calls, with the numbers among their arguments."""
 
     def __init__(self) -> None:
@@ -44,10 +45,13 @@ class CallList(TorchFunctionMode):
     ) -> Any:
         """Run one function; reading a property is no call."""
         kwargs = kwargs or {}
-        if not torch.compiler.is_compiling() and getattr(func, "__name__", "") != "__get__":
-            plain = [value for value in args if value.__class__ in _PLAIN]
-            named = [pair for pair in kwargs.items() if pair[1].__class__ in _PLAIN]
-            self.calls.append((func, plain, named))
+        if not torch.compiler.is_compiling():
+            if getattr(func, "__name__", "") == "__get__":
+                self.look_at(func, args, sys._getframe(1))
+            else:
+                plain = [value for value in args if value.__class__ in _PLAIN]
+                named = [pair for pair in kwargs.items() if pair[1].__class__ in _PLAIN]
+                self.calls.append((func, plain, named))
         return func(*args, **kwargs)
 
 

@@ -43,5 +43,13 @@ def deciding(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
     return []
 
 
+def may_decide(name: str) -> bool:
+    """Whether `deciding` may find tensors for a function of this name."""
+    return name in _DECIDING or _is_ragged(name)
+
+
+_DECIDING = frozenset(
+    ("__getitem__", "index", "masked_select", "where", "repeat_interleave", "one_hot", "unique")
+)
 # Whether torch marks an operator of a name as having a result whose shape depends on values.
 _is_ragged = marked_by(torch.Tag.dynamic_output_shape)

@@ -7,10 +7,13 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastadv.engine.operands import tensors_in
+from fastadv.engine.recording import ArrayArgument
+from fastadv.engine.watched_size import WatchedSize
 
 # Functions that hand a tensor's values to Python, which may then do anything with them.
 READS = frozenset(
@@ -50,11 +53,32 @@ def name_of(function: Any) -> str:
     return name.partition(".")[0] if isinstance(function, torch._ops.OpOverload) else name
 
 
+def plain_argument(value: object) -> Any:
+    """An argument that is no container, in the form in which a recording keeps it; None if it keeps none."""
+    if isinstance(value, WatchedSize):
+        return value.plain()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return ArrayArgument.of(value)
+    if isinstance(value, range):
+        return list(value)
+    return value if isinstance(value, ARGUMENTS) else None
+
+
 def targets_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors into which a function writes, as far as its name tells, such as ``add_`` or ``__setitem__``."""
-    in_place = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
-    values = args[:1] if in_place and name not in NO_OPERATION else ()
+    values = args[:1] if _is_in_place(name) and name not in NO_OPERATION else ()
     return tensors_in((*values, kwargs.get("out")))
+
+
+def may_write(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a function may write into one of its arguments, as far as its name and keywords tell."""
+    return _is_in_place(name) or "out" in kwargs
+
+
+def _is_in_place(name: str) -> bool:
+    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))
 
 
 def uncounted(

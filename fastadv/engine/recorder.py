@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -24,13 +23,12 @@ from fastadv.engine.errors import Unrecordable
 from fastadv.engine.hidden_draws import may_hide_draws, watched_for_draws
 from fastadv.engine.operands import leads_to, storage_of, tensors_in, version_of
 from fastadv.engine.own_functions import reads_for_itself, sees_own_functions
-from fastadv.engine.recording import ArrayArgument, RecordedOp, Recording, Ref, item, refs
+from fastadv.engine.recording import RecordedOp, Recording, Ref, item, refs
 from fastadv.engine.recording_mode import recording_mode, warm_up, without_graph
 from fastadv.engine.unseen_operations import UnseenOperations, others_below, unwatched
-from fastadv.engine.watched_size import SizeComparisons, WatchedSize, watched
+from fastadv.engine.watched_size import SizeComparisons, watched
 
-# In place of activations of a large batch.
-_NOTHING = torch.empty(0, device="cpu", dtype=torch.float32)
+_NOTHING = torch.empty(0, device="cpu", dtype=torch.float32)  # for activations of a large batch
 _RAGGED = "its forward looks at a size that depends on values ({})"
 
 
@@ -88,6 +86,7 @@ class Recorder(TorchFunctionMode):
     Attributes:
         recording: what it has seen.
         inside: how many autograd functions, or functions of torch, run now; each is recorded as one operation.
+        profile: Python's profile function during this pass; None if it has none.
         refusal: why no copy can be made; empty where nothing speaks against it.
     """
 
@@ -103,6 +102,7 @@ class Recorder(TorchFunctionMode):
         # The arguments of the function that has just run, as `referred` gives them, if `call` has asked.
         self._referred: tuple[Any, Any] | None = None
         self.inside, self.refusal = 0, ""
+        self.profile: Callable[..., object] | None = None
         self._handling = 0  # of functions of torch, whose operators are seen with them
         self._comparisons = SizeComparisons()
         self._device = images.device.type
@@ -137,11 +137,23 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run one function, and record it if its result is a tensor."""
+        if (
+            func is Tensor.dim
+        ):  # asked most often, and neither draws, reads, writes nor makes anything
+            return func(*args)
+        outermost = not self.inside
         self._handling += 1
+        self._see_code(not outermost)
         try:
             return self._handle(func, args, kwargs or {}, sys._getframe(1))
         finally:
             self._handling -= 1
+            self._see_code(True)
+
+    def _see_code(self, on: bool) -> None:
+        """Let the profile function see code, or let it rest, as it would be called at each step of our own."""
+        if self.profile is not None:
+            sys.setprofile(self.profile if on else None)
 
     def _is_seeing(self) -> bool:
         return self._handling > 0 or self.inside > 0
@@ -174,13 +186,14 @@ class Recorder(TorchFunctionMode):
         operands = tensors_in((args, kwargs))
         self._check_draws(func, name, args, kwargs)
         self._check_what_stays(name, args, kwargs)
-        versions = [version_of(t) for t in operands]
-        self._referred = None
+        versions, self._referred = [version_of(t) for t in operands], None
         self.enter()  # an autograd function that torch itself calls is part of this function
+        self._see_code(True)
         try:
             with unwatched(func, operands):
                 result = self.call(func, args, kwargs)
         finally:
+            self._see_code(False)
             self.leave()
         written = [t for t, v in zip(operands, versions, strict=True) if version_of(t) != v]
         written = written or functions.uncounted(name, args, kwargs, result, self._depends)
@@ -251,8 +264,7 @@ class Recorder(TorchFunctionMode):
         """
         if self._ragged:
             keeps = bool(written) or name in ragged.KEEPS_SHAPE
-            operands = tensors_in((args[:1],)) if keeps else tensors_in((args, kwargs))
-            if any(map(self._is_ragged, operands)):
+            if any(map(self._is_ragged, tensors_in(args[:1] if keeps else (args, kwargs)))):
                 if name in ragged.CUTS:
                     raise self._refuse(_RAGGED.format(name))
                 return True
@@ -268,10 +280,8 @@ class Recorder(TorchFunctionMode):
         written: list[Tensor],
         before: tuple[Any, Any] | None = None,
     ) -> None:
-        below, recording = others_below(), self.recording
-        if below is not None:
-            raise self._refuse(f"its forward enters {below}, which may change what torch computes")
-        recording.autocast |= self._knows_autocast and torch.is_autocast_enabled(self._device)
+        recording = self.recording
+        self._note_surroundings()
         before = before or (self.referred(args), self.referred(kwargs))
         depends = any(recording.depends[ref.place] for ref in refs(before))
         is_ragged = self._becomes_ragged(name, args, kwargs, written)
@@ -282,21 +292,22 @@ class Recorder(TorchFunctionMode):
         single = isinstance(result, Tensor)
         if single and not written and id(result) in self._places:
             return  # the function has returned its argument
-        op = RecordedOp(
-            func,
-            *before,
-            place,
-            torch.is_grad_enabled(),
-            bool(written),
-            result.dim() if single else None,
-        )
-        recording.ops.append(op)
+        grad, dim = torch.is_grad_enabled(), result.dim() if single else None
+        recording.ops.append(RecordedOp(func, *before, place, grad, bool(written), dim))
         if single:
             self._add(result, depends)
         else:
             self._add_several(result, place, depends)
         if is_ragged:
             self._ragged.update(range(place, len(recording.values)))
+
+    def _note_surroundings(self) -> None:
+        """Note what the forward pass has entered around the operation that is recorded now."""
+        below = others_below()
+        if below is not None:
+            raise self._refuse(f"its forward enters {below}, which may change what torch computes")
+        if self._knows_autocast and torch.is_autocast_enabled(self._device):
+            self.recording.autocast = True
 
     def _note_write(self, name: str, args: tuple[Any, ...], written: list[Tensor]) -> None:
         target = written[0]
@@ -349,7 +360,7 @@ class Recorder(TorchFunctionMode):
 
     def _depends(self, tensor: Tensor) -> bool:
         place = self._places.get(id(tensor))
-        return self.recording.depends[place] if place is not None else False
+        return place is not None and self.recording.depends[place]
 
     def referred(self, value: Any) -> Any:
         """The value with a `Ref` for each tensor."""
@@ -358,25 +369,17 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             return Ref(self._place(value))
         if isinstance(value, (tuple, list)):
-            items = [self.referred(v) for v in value]
-            return items if isinstance(value, list) else tuple(items)
+            return (list if isinstance(value, list) else tuple)(map(self.referred, value))
         if isinstance(value, dict):
             return {k: self.referred(v) for k, v in value.items()}
         if isinstance(value, slice):
             return slice(*map(self.referred, (value.start, value.stop, value.step)))
         if isinstance(value, functions.CODE):
             raise self._refuse("its forward hands code of its own to a function of torch")
-        if isinstance(value, WatchedSize):
-            return value.plain()
-        if isinstance(value, np.generic):
-            return value.item()
-        if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-            return ArrayArgument.of(value)
-        if isinstance(value, range):
-            return list(value)
-        if not isinstance(value, functions.ARGUMENTS):
+        plain = functions.plain_argument(value)
+        if plain is None:
             raise self._refuse(f"its forward hands a {type(value).__name__} to a function of torch")
-        return value
+        return plain
 
     def _place(self, tensor: Tensor) -> int:
         if id(tensor) in self._stale:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from fastadv.engine.compiled_parts import has_compiled_parts
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.frozen import frozen
-from fastadv.engine.kept_attributes import kept_attributes
 from fastadv.engine.networks import modules_of
 
 _WARMUP_IMAGES = 2  # number of images
@@ -25,8 +24,7 @@ def recording_mode(model: nn.Module) -> Iterator[None]:
         Unrecordable: the model has backward hooks.
     """
     _refuse_backward_hooks(model)
-    attributes = kept_attributes(modules_of(model), tensors_only=False)
-    with frozen(model), attributes, uncompiled(model):
+    with frozen(model, keep_attributes=True), uncompiled(model):
         yield
 
 

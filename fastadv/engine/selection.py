@@ -306,10 +306,10 @@ def _unchanged(copy: _Copy, model: nn.Module, x: Tensor) -> bool:
         return False
     if not cached.is_laid_out_like(x):  # a model may ask for the layout
         return False
-    recording = cached.repeated(model)
-    if recording is None or not copy.tape.describes(recording):
+    if not cached.is_unchanged(model):
         return False
-    if copy.tape.by_mode and not proof.agrees_without_gradients(engine, model, cached.images):
+    same = not copy.tape.by_mode or cached.is_unchanged(model, gradients=False)
+    if not same and not proof.agrees_without_gradients(engine, model, cached.images):
         return False
     engine.cached_recording = cached
     copy.changes.used()

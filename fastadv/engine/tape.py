@@ -191,12 +191,23 @@ def _dynamic(recording: Recording, ops: tuple[RecordedOp, ...]) -> tuple[bool, .
     return tuple(dynamic)
 
 
-def _same_head(a: RecordedOp, b: RecordedOp) -> bool:
+def same_call(a: RecordedOp, b: RecordedOp, same_mode: bool = True) -> bool:
+    """Whether two recordings of one number of images have the same op.
+
+    Args:
+        a: the op of one.
+        b: the op of the other.
+        same_mode: whether gradients must be enabled in both, or in neither.
+    """
+    return _same_head(a, b, same_mode) and _same(a.args, b.args, 0) and _same(a.kwargs, b.kwargs, 0)
+
+
+def _same_head(a: RecordedOp, b: RecordedOp, same_mode: bool = True) -> bool:
     """Whether two ops call one function in the same way, whatever their arguments."""
     return (
         (a.function is b.function or a.function == b.function)
         and a.place == b.place
-        and a.with_gradient == b.with_gradient
+        and (a.with_gradient == b.with_gradient or not same_mode)
         and a.writes == b.writes
         and a.result_dim == b.result_dim
     )

@@ -87,7 +87,7 @@ def others_below() -> str | None:
     """
     if torch._C._len_torch_dispatch_stack():
         for mode in _get_current_dispatch_mode_stack():
-            if is_of_others(type(mode)):
+            if type(mode) is not UnseenOperations and is_of_others(type(mode)):
                 return type(mode).__name__
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if hooks is not None and any(map(is_of_others, hooks)):

@@ -19,7 +19,7 @@ from fastadv.engine.cached_recording import CachedRecording
 from fastadv.engine.content import content
 from fastadv.engine.copy_engines import EngineOnCopy
 from fastadv.engine.precision import fast_bf16
-from fastadv.engine.recorder import record
+from fastadv.engine.recorder import Recorder, record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -91,15 +91,14 @@ def test_no_operation_on_the_images_runs_again(monkeypatch: pytest.MonkeyPatch) 
     model, x = randomise(Net()), images(2)
     found = known(model, x)
     ran: list[str] = []
-    plain = cached_recording.Recorder.call
+    plain = Recorder.call
 
     def counted(self: Any, func: Any, args: Any, kwargs: Any) -> Any:
         ran.append(func.__name__)
         return plain(self, func, args, kwargs)
 
-    monkeypatch.setattr(cached_recording.Recorder, "call", counted)
-    again = found.repeated(model)
-    assert again is not None and again.logits.shape == (2, 4)
+    monkeypatch.setattr(Recorder, "call", counted)
+    assert found.is_unchanged(model)
     assert set(ran) <= {"dim"}
 
 
@@ -115,15 +114,15 @@ def test_operations_on_weights_run_again_and_views_stay_views(
 
     model, x = randomise(Standardised()), images(2)
     found, ran = known(model, x), []
-    plain = cached_recording.Recorder.call
+    plain = Recorder.call
 
     def counted(self: Any, func: Any, args: Any, kwargs: Any) -> Any:
         ran.append(func.__name__)
         return plain(self, func, args, kwargs)
 
-    monkeypatch.setattr(cached_recording.Recorder, "call", counted)
+    monkeypatch.setattr(Recorder, "call", counted)
     for _ in range(3):
-        assert found.repeated(model) is not None
+        assert found.is_unchanged(model)
     assert {"std", "item", "flatten"} <= set(ran) and not {"conv2d", "mul_"} & set(ran)
 
 
@@ -167,7 +166,7 @@ def test_every_change_of_a_weight_is_seen(name: str, change: Callable[[Tensor], 
     model, x = randomise(Net()), images(2)
     found = known(model, x)
     change(model.state_dict()[name])
-    assert found.repeated(model) is None
+    assert not found.is_unchanged(model)
 
 
 def test_a_write_into_a_result_that_was_there_is_no_harm(refreshed: list[int]) -> None:
@@ -219,10 +218,10 @@ def test_another_default_dtype_is_seen() -> None:
     found = known(model, x)
     torch.set_default_dtype(torch.float64)
     try:
-        assert found.repeated(model) is None
+        assert not found.is_unchanged(model)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert found.repeated(model) is not None
+    assert found.is_unchanged(model)
 
 
 def test_weights_brought_over_meanwhile_are_seen(refreshed: list[int]) -> None:

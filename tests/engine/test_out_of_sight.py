@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from stubborn_models import NoisyBackward
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastadv
+from fastadv.engine.hidden_draws import is_torchs, may_hide_draws
 
 X = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(6) % 4
@@ -134,3 +136,9 @@ def test_values_are_seen_to_be_read(read: str) -> None:
     model = Through(lambda x: x if READS[read](x) else 1 - x).eval()
     reason = fastadv.PGD(model, steps=1, engine="fixed").engine_for(X).reason
     assert "looks at values that depend on the images" in reason
+
+
+@pytest.mark.parametrize("function", [torch._assert, F.relu, torch.cdist, Tensor.add, torch.cat])
+def test_functions_of_torch_hide_no_draws(function: Any) -> None:
+    """Around others the generators' states are compared, which takes longer than most functions."""
+    assert is_torchs(function) and not may_hide_draws(function)
