@@ -150,3 +150,25 @@ def test_nothing_is_told_of_constants_that_the_network_applies(build: Any) -> No
     load_published_state_dict(build(), {"state_dict": model.state_dict()})
     options = {"args": {"data_mean": MEAN, "data_std": STD}}
     load_published_state_dict(build(), {"state_dict": model.state_dict(), **options})
+
+
+class Noisy(nn.Module):
+    """Adds noise with a mean of 0 and a std of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 10, 4)
+        self.mean, self.std = torch.zeros(3, 1, 1), torch.full((3, 1, 1), 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.randn_like(x) * self.std + self.mean if self.training else 0.0
+        return self.conv(x + noise).flatten(1)
+
+
+def test_noise_of_a_network_is_no_normalisation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Noisy().eval()
+    named = [",".join(map(str, values)) for values in (MEAN, STD)]
+    found = judged(lambda: Noisy().eval(), network.state_dict(), tmp_path, monkeypatch, named)
+    torch.testing.assert_close(found, Normalized(network, MEAN, STD)(IMAGES))
