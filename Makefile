@@ -12,10 +12,8 @@ demo: $(VENV)/built-run
 
 # Whole files go to a worker, as their tests share what they have trained. WORKERS=0 runs everything in one process.
 # Bytecode is kept even where the environment forbids it: hundreds of processes would compile all modules anew.
-# What a test frees stays in its process (GNU's malloc): its pages need not be fetched and cleared for the next tensor.
 WORKERS ?= auto
-KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=268435456 MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_TOP_PAD_=16777216
-PYTEST := $(KEEP_MEMORY) OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/built-dev
 	$(PYTEST)
