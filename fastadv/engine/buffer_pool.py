@@ -24,7 +24,7 @@ class Memory:
         self._free: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
         self._taken: list[tuple[tuple[int, ...], Tensor]] = []
         self._most = 0  # largest number of images of a pass
-        # The buffers of gradients, by the address of their storage.
+        # The buffers of gradients, by the key of their storage.
         self._gradients: dict[int, tuple[tuple[int, ...], Tensor]] = {}
         self._is_backward = False
 
@@ -36,7 +36,7 @@ class Memory:
             free.pop()
         buffer = free.pop() if free else self._new(shape)
         if self._is_backward:
-            self._gradients[storage_address(buffer)] = key, buffer
+            self._gradients[storage_of(buffer)] = key, buffer
         else:
             self._taken.append((key, buffer))
         return buffer if buffer.shape[0] == shape[0] else buffer[: shape[0]]
@@ -52,11 +52,9 @@ class Memory:
             gradient: any tensor.
             others: all gradients that will be read.
         """
-        address = storage_address(gradient)
-        if address in self._gradients and all(
-            storage_address(other) != address for other in others
-        ):
-            key, buffer = self._gradients.pop(address)
+        storage = storage_of(gradient)
+        if storage in self._gradients and all(storage_of(other) != storage for other in others):
+            key, buffer = self._gradients.pop(storage)
             self._free[key].append(buffer)
 
     def holds(self, tensor: Tensor) -> bool:
@@ -83,8 +81,3 @@ class Memory:
             return torch.empty(
                 tuple(shape), dtype=self.dtype, memory_format=torch.channels_last, device="cpu"
             )
-
-
-def storage_address(tensor: Tensor) -> int:
-    """The address of a tensor's storage; tensors that share memory have the same address."""
-    return tensor.untyped_storage().data_ptr()

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, fx
 
 from fastadv.engine import cpu_channels
-from fastadv.engine.buffer_pool import storage_address
 from fastadv.engine.copy import AttackCopy
 from fastadv.engine.cpu_steps import Pass, PlainStep
 from fastadv.engine.cpu_steps_rows import is_narrow
+from fastadv.engine.operands import storage_of
 
 _OPS = torch.ops.fastadv
 
@@ -137,7 +137,7 @@ def _joined(parts: list[Tensor]) -> Tensor | None:
     for number, part in enumerate(parts):
         if not part.is_contiguous() or part.shape != first.shape or part.dtype != first.dtype:
             return None
-        if storage_address(part) != storage_address(first):
+        if storage_of(part) != storage_of(first):
             return None
         if part.storage_offset() != first.storage_offset() + number * first.numel():
             return None

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fastadv.engine.buffer_pool import Memory, storage_address
+from fastadv.engine.buffer_pool import Memory
 from fastadv.engine.copy import AttackCopy
 from fastadv.engine.cpu_pass import Pass
 from fastadv.engine.cpu_program import fused_steps
 from fastadv.engine.cpu_steps import ProgramStep
+from fastadv.engine.operands import storage_of
 
 
 class ForwardPass:
@@ -86,8 +87,8 @@ class _RecycledMemory(Memory):
         super().__init__(dtype)
         self._batch = 0
         self._spare: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
-        self._handed: dict[int, Tensor] = {}  # by address
-        self._values: Counter[int] = Counter()  # how many live values share an address
+        self._handed: dict[int, Tensor] = {}  # by storage
+        self._values: Counter[int] = Counter()  # how many live values share a storage
 
     def begin(self, batch: int) -> None:
         """Start a pass; buffers for another number of images are freed."""
@@ -101,20 +102,20 @@ class _RecycledMemory(Memory):
         spare = self._spare[tuple(shape)]
         buffer = spare.pop() if spare else super().take(shape)
         self._taken.clear()
-        self._handed[storage_address(buffer)] = buffer
+        self._handed[storage_of(buffer)] = buffer
         return buffer
 
     def hold(self, value: Any) -> None:
         """Note a value, which may lie in a buffer, or share one with other values."""
-        self._values.update(storage_address(part) for part in _tensors(value))
+        self._values.update(storage_of(part) for part in _tensors(value))
 
     def drop(self, value: Any) -> None:
         """Note that nobody reads a value any more."""
-        for address in [storage_address(part) for part in _tensors(value)]:
-            self._values[address] -= 1
-            buffer = self._handed.get(address)
-            if buffer is not None and self._values[address] == 0:
-                del self._handed[address]
+        for storage in [storage_of(part) for part in _tensors(value)]:
+            self._values[storage] -= 1
+            buffer = self._handed.get(storage)
+            if buffer is not None and self._values[storage] == 0:
+                del self._handed[storage]
                 self._spare[tuple(buffer.shape)].append(buffer)
 
     def forget(self) -> None:
