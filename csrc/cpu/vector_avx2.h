@@ -44,6 +44,8 @@ FASTADV_LEVEL_INLINE V load(const float* p, const Live& live) {
   return _mm256_maskload_ps(p, live.mask);
 }
 FASTADV_LEVEL_INLINE void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+// Past the caches, to memory that is aligned for the vector.
+FASTADV_LEVEL_INLINE void stream(float* p, V v) { _mm256_stream_ps(p, v); }
 FASTADV_LEVEL_INLINE void store(float* p, V v, const Live& live) {
   _mm256_maskstore_ps(p, live.mask, v);
 }

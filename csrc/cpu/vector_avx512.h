@@ -37,6 +37,8 @@ FASTADV_LEVEL_INLINE V where_positive(V sign, V v) {
 FASTADV_LEVEL_INLINE V load(const float* p) { return _mm512_loadu_ps(p); }
 FASTADV_LEVEL_INLINE V load(const float* p, Live live) { return _mm512_maskz_loadu_ps(live, p); }
 FASTADV_LEVEL_INLINE void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+// Past the caches, to memory that is aligned for the vector.
+FASTADV_LEVEL_INLINE void stream(float* p, V v) { _mm512_stream_ps(p, v); }
 FASTADV_LEVEL_INLINE void store(float* p, V v, Live live) { _mm512_mask_storeu_ps(p, live, v); }
 
 // The sums of up to 16 vectors, one in each lane. A lane's bits depend on its vector alone.

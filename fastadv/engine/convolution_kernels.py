@@ -129,23 +129,6 @@ class WinogradFloatKernel(Kernel):
         return out
 
 
-def _in_blocks(filters: Tensor, wide: int = convolution.WIDE, together: int = 2) -> Tensor:
-    """Filters [out, depth] as a gathering kernel reads them: [blocks][depth / together][wide][together].
-
-    Args:
-        filters: in the order of the taps, and of the input channels for each.
-        wide: output channels of a block.
-        together: elements of the depth that lie side by side.
-    """
-    rows, depth = filters.shape
-    filters = F.pad(filters, (0, 0, 0, -rows % convolution.VECTOR))
-    blocks = [
-        block.reshape(len(block), depth // together, together).transpose(0, 1).reshape(-1)
-        for block in filters.split(wide)
-    ]
-    return torch.cat(blocks)
-
-
 @dataclass
 class TapGroup:
     """The results that share their taps: where they lie and which inputs they read."""
@@ -160,6 +143,8 @@ class GatherKernel(Kernel):
 
     _convolve: Callable[..., None] = _OPS.conv_gather_
     _dtype = torch.bfloat16
+    _block = convolution.WIDE  # output channels of a block of filters
+    _together = 2  # input channels that lie side by side in it
 
     def __init__(self, conv: ConvShape, backward: bool) -> None:
         stride, _ = conv.stride
@@ -169,8 +154,8 @@ class GatherKernel(Kernel):
         taps = [len(group.taps) for group in self._groups]
         into, outof = conv.in_channels, conv.out_channels
         result, source = (into, outof) if backward else (outof, into)
-        few = self._dtype == torch.float32 and result <= convolution.FEW
-        width = result if few else -(-result // convolution.VECTOR) * convolution.VECTOR
+        self._few = self._dtype == torch.float32 and result <= convolution.FEW
+        width = result if self._few else -(-result // convolution.VECTOR) * convolution.VECTOR
         self._packed = torch.zeros(width * source * sum(taps), dtype=self._dtype, device="cpu")
         self._parts = self._packed.split([width * source * count for count in taps])
         self._grids = (
@@ -187,14 +172,34 @@ class GatherKernel(Kernel):
             weight = weight * scale[:, None, None, None]
         if self._backward:
             weight = weight.transpose(0, 1)
+        by_tap = weight.permute(2, 3, 1, 0)
         for group, packed in zip(self._groups, self._parts, strict=True):
             if group.taps:
-                filters = torch.cat([weight[:, :, i, j] for i, j in group.taps], dim=1)
-                packed.copy_(self._in_blocks(filters))
+                rows, columns = (_evenly_spaced(along) for along in zip(*group.taps, strict=True))
+                self._pack(packed, by_tap[rows, columns])
 
-    def _in_blocks(self, filters: Tensor) -> Tensor:
-        """Filters [out, depth] as the kernel reads them."""
-        return _in_blocks(filters)
+    def _pack(self, packed: Tensor, filters: Tensor) -> None:
+        """Write filters [h, w, in, out] where the kernel reads them.
+
+        The order is [blocks of output channels][h][w][in / together][block][together]. The last block may have
+        more places than there are output channels. These stay 0.
+        """
+        source, result = filters.shape[2:]
+        if self._few:
+            packed.view(result, *filters.shape[:3]).copy_(filters.permute(3, 0, 1, 2))
+            return
+        block = self._block
+        pairs = filters.unflatten(2, (-1, self._together))
+        whole = result // block * block
+        ends = whole * source * filters.shape[:2].numel()
+        for to, part in (
+            (packed[:ends], pairs[..., :whole].unflatten(4, (-1, block))),
+            (packed[ends:], pairs[..., None, whole:]),
+        ):
+            if part.numel():
+                height, width, depth, together, blocks, out = part.shape
+                into = to.view(blocks, height, width, depth, -1, together)
+                into[..., :out, :].copy_(part.permute(4, 0, 1, 2, 5, 3))
 
     def run(self, memory: Memory, shape: tuple[int, ...], x: Tensor, epilogue: Epilogue) -> Tensor:
         """As in `Kernel.run`."""
@@ -213,17 +218,12 @@ class GatherFloatKernel(GatherKernel):
     """
 
     _dtype = torch.float32
+    _together = 1
 
     def __init__(self, conv: ConvShape, backward: bool, lanes: int) -> None:
         super().__init__(conv, backward)
-        self._lanes = lanes
+        self._block = convolution.FLOAT_WIDE[lanes]
         self._convolve = lambda *args: _OPS.conv_gather_float_(*args, lanes)
-
-    def _in_blocks(self, filters: Tensor) -> Tensor:
-        """In blocks of as many output channels as the kernel multiplies together; few are not padded."""
-        if len(filters) <= convolution.FEW:
-            return filters.reshape(-1)
-        return _in_blocks(filters, convolution.FLOAT_WIDE[self._lanes], together=1)
 
 
 class TileKernel(GatherKernel):
@@ -237,6 +237,12 @@ class TileKernel(GatherKernel):
             taps = [i * weight.shape[3] + j for i, j in group.taps]
             if taps:
                 _OPS.conv_amx_pack_(packed, weight, scale, taps, self._backward)
+
+
+def _evenly_spaced(taps: Sequence[int]) -> slice:
+    """The slice of all taps along one axis that those of a group are; each may be named several times."""
+    each = sorted(set(taps))
+    return slice(each[0], each[-1] + 1, each[1] - each[0] if len(each) > 1 else 1)
 
 
 def _tap_group(conv: ConvShape, origin: tuple[int, int], backward: bool) -> TapGroup:

@@ -93,6 +93,27 @@ def test_backward_filters_give_the_input_gradient(lanes: int, shape: tuple[int, 
 
 
 @every_width
+def test_filters_too_large_for_the_caches(lanes: int) -> None:
+    """They are written past the caches, which only aligned memory allows. The bits are the same either way."""
+    skip_wider(lanes)
+    weight, scale = torch.randn(256, 256, 3, 3), torch.rand(256) + 0.5
+    size = convolution.POINTS * 256 * 256
+    room = torch.full((size + 16,), torch.nan)
+    first = -(room.data_ptr() // 4) % 16  # of an aligned line
+    aligned, moved = room[first : first + size], torch.full((size + 1,), torch.nan)[1:]
+    for backward in (False, True):
+        OPS.conv3x3_float_pack_(aligned, weight, scale, backward, lanes)
+        OPS.conv3x3_float_pack_(moved, weight, scale, backward, lanes)
+        assert not aligned.isnan().any() and torch.equal(aligned, moved)
+
+    x = images((1, 256, 4, 4), 0)
+    kernel = WinogradFloatKernel(256, 256, False, lanes)
+    kernel.refresh(weight, None)
+    plain = F.conv2d(x.double(), weight.double(), padding=1)
+    assert relative(run(kernel, plain.shape, x), plain) < RELATIVE_ERROR
+
+
+@every_width
 def test_nothing_is_written_beyond_the_result(lanes: int) -> None:
     skip_wider(lanes)
     kernel = WinogradFloatKernel(5, 16, False, lanes)
