@@ -181,7 +181,9 @@ class PlainStep(ProgramStep):
         ]
         parts: tuple[Tensor | None, ...] = (None,) * len(leaves)
         if values:
-            parts = torch.autograd.grad(values, leaves, gradients, allow_unused=True)
+            with torch.enable_grad():
+                whole = _Arrived.apply(len(values), *values, *gradients)
+            parts = torch.autograd.grad(whole, leaves, allow_unused=True)
         found = dict(zip(inputs, parts, strict=True))
         for source in reversed(self.inputs):
             part = found.get(source)
@@ -189,6 +191,25 @@ class PlainStep(ProgramStep):
                 run.arrive_nothing(source)
             else:
                 run.arrive_tensor(source, part)
+
+
+class _Arrived(torch.autograd.Function):
+    """A number whose gradients in some tensors are given.
+
+    `torch.autograd.grad` takes such gradients, too, but then it imports torch's symbolic shapes, for half a second
+    of the first call in a process.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *values_and_gradients: Tensor) -> Tensor:
+        """Zero; first come ``count`` tensors, then their gradients."""
+        ctx.gradients = values_and_gradients[count:]
+        return torch.zeros((), device=values_and_gradients[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients."""
+        return (None, *ctx.gradients, *(None for _ in ctx.gradients))
 
 
 class ItemStep(ProgramStep):

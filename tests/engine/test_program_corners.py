@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from attack_helpers import copy_of, randomise
+from paths import environment
 from program_helpers import program_gradient
 from torch import Tensor, nn
 
@@ -90,3 +94,25 @@ def test_they_run_as_programs(kind: type[Base]) -> None:
     torch.manual_seed(0)
     attack = fastadv.PGD(kind().eval(), steps=1, precision="fp32", engine="compiled")
     assert isinstance(attack.engine_for(torch.rand(2, 3, 9, 10)), ProgramEngine)
+
+
+_FIRST_CALL = """
+import sys
+import torch
+import fastadv
+
+model = torch.nn.Sequential(
+    torch.nn.Conv2d(1, 16, 3), torch.nn.MaxPool2d(2), torch.nn.Flatten(), torch.nn.Linear(144, 4)
+)
+fastadv.PGD(model.eval(), steps=1, engine="compiled")(torch.rand(2, 1, 8, 8), torch.arange(2))
+print(*(name for name in ("sympy", "torch._dynamo") if name in sys.modules))
+"""
+
+
+def test_first_call_imports_no_symbolic_shapes() -> None:
+    """`torch.autograd.grad` does, where gradients are given, for half a second."""
+    command = [sys.executable, "-c", _FIRST_CALL]
+    found = subprocess.run(
+        command, capture_output=True, text=True, env=environment(), timeout=300, check=True
+    )
+    assert not found.stdout.strip()
