@@ -8,6 +8,7 @@ networks finding them takes longer than the operators themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,6 +187,15 @@ class CallRecorder(TorchDispatchMode):
         self._sources[id(tensor)] = place
         self._alive.append(tensor)
         self._sharing.setdefault(storage_of(tensor), []).append(tensor)
+
+
+def unrecorded() -> AbstractContextManager[None]:
+    """Within, a `CallRecorder` sees no operator, so that their results are constants of the pass.
+
+    This is for memory and packed weights, which a program makes in one pass and uses in many.
+    """
+    context: AbstractContextManager[None] = torch._C._DisableTorchDispatch()
+    return context
 
 
 def drop_early(calls: Sequence[Call], kept: Collection[int]) -> None:

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from attack_helpers import copy_of, randomise, refresh
 from torch import Tensor, nn
 
-from fastadv.engine import cpu_channels, replayed_program
+from fastadv.engine import cpu_channels, cpu_steps_rows, replayed_program
 from fastadv.engine import cpu_convolution as convolution
 from fastadv.engine.buffer_pool import Memory
 from fastadv.engine.cpu_program import Program
+from fastadv.engine.cpu_steps import LinearStep
+from fastadv.engine.cpu_steps_rows import RowsLinearStep
 from fastadv.engine.operator_calls import CallRecorder
 from fastadv.engine.replayed_program import ReplayedProgram
 from fastadv.models import create_model
@@ -154,6 +156,49 @@ def test_replays_follow_new_weights(name: str) -> None:
         for copied in copies:
             refresh(copied, model, x)
         program.refresh()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN packs the weights")
+def test_new_weights_are_packed_once_and_not_in_each_replay(monkeypatch) -> None:
+    packed = []
+
+    def pack(weight: Tensor) -> Tensor:  # in float32, which every processor can pack
+        packed.append(weight)
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+
+    def product(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, weights, bias, "none", [], "")
+
+    monkeypatch.setattr(cpu_steps_rows, "_packed", pack)
+    monkeypatch.setattr(cpu_steps_rows, "_product", product)
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 400, bias=False)),
+        images_of((2, 3, 8, 8), 0),
+    )
+    copied = copy_of(model, x, torch.float32, pack=True)
+    inner = Program(copied)
+    inner._steps = [
+        RowsLinearStep(step.node, step._part, step._x) if isinstance(step, LinearStep) else step
+        for step in inner.steps
+    ]
+    program = ReplayedProgram(inner)
+    # One pass with the first weights, so that the pass with the next ones, which packs them, is the recorded one.
+    for passes in (1, 5, 5):
+        with torch.no_grad():
+            model[1].weight.normal_()
+        refresh(copied, model, x)
+        program.refresh()
+        for _ in range(passes):
+            logits, gradient = pass_of(program, x, True)
+            torch.testing.assert_close(logits, model(x))
+            weights = torch.linspace(-1, 2, logits.numel()).view_as(logits)
+            torch.testing.assert_close(gradient.flatten(1), weights @ model[1].weight)
+    assert is_replayed(program, x)
+    assert len(packed) == 3 * 2  # forward and backward
+    (kind,) = program._kinds.values()
+    assert kind.recording is not None and kind.recording.holds_filters
+    assert not any("reorder" in str(call.operator) for call in kind.recording.calls)
 
 
 def test_a_larger_batch_and_a_release_forget_the_replays() -> None:
