@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -330,6 +331,57 @@ def test_replays_keep_no_tensor_longer_than_needed() -> None:
     _, started = program.forward(x, True)
     assert started.values is not None
     assert sum(isinstance(value, Tensor) for value in started.values) == 2  # images and logits
+
+
+def test_a_recorded_pass_keeps_no_tensor_longer_than_another() -> None:
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def doubled_often(x: Tensor) -> Tensor:
+        for _ in range(5):
+            x = x * 2
+            made.append(weakref.ref(x))
+        alive.append(sum(tensor() is not None for tensor in made))
+        made.clear()
+        return x.flatten(1)
+
+    program = ReplayedProgram(Stub(doubled_often))  # type: ignore[arg-type]
+    x = images_of((2, 3, 2, 2), 0)
+    for _ in range(4):
+        pass_of(program, x, True)
+    assert is_replayed(program, x)
+    assert alive == [1, 1, 1]
+
+
+def test_new_memory_at_the_place_of_freed_memory_is_another_tensor() -> None:
+    def summed(x: Tensor) -> Tensor:
+        total = x * 0
+        for factor in range(20):
+            total = total + (x * factor).exp()
+        return total.flatten(1)
+
+    program = ReplayedProgram(Stub(summed))  # type: ignore[arg-type]
+    for turn in range(5):
+        x = images_of((2, 3, 2, 2), turn)
+        assert torch.equal(pass_of(program, x, True)[0], summed(x))
+    assert is_replayed(program, x)
+
+
+def test_a_saved_result_is_known_after_its_own_tensor_is_gone() -> None:
+    """Autograd keeps the memory of an activation, in another tensor."""
+
+    def squashed(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            value = (leaf * 3).sigmoid().exp().sum((2, 3))  # exp and sigmoid save their results
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        return gradient.flatten(1)
+
+    program = ReplayedProgram(Stub(squashed))  # type: ignore[arg-type]
+    for turn in range(5):
+        x = images_of((2, 3, 2, 2), turn)
+        assert torch.equal(pass_of(program, x, True)[0], squashed(x))
+    assert is_replayed(program, x)
 
 
 def test_a_view_that_nobody_has_made_is_noticed() -> None:
