@@ -264,4 +264,19 @@ struct Cooperative {  // ACT: the loss of each of the two models
   }
 };
 
+template <class... Kinds>
+struct KindList {
+  // The place of a kind, by which `rows_of` knows it.
+  template <class Kind>
+  static constexpr int number_of() {
+    static_assert((std::is_same_v<Kind, Kinds> || ...), "the list must have the kind");
+    int number = 0;
+    ((std::is_same_v<Kind, Kinds> || (++number, false)) || ...);
+    return number;
+  }
+};
+
+using SoftmaxKinds = KindList<CrossEntropy, BoostedCrossEntropy, Margin, LogitsRatio, Divergence,
+                              Trades, Mart, LogitPairing, Cooperative>;
+
 }  // namespace fastadv

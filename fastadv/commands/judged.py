@@ -23,7 +23,8 @@ from fastadv.models import (
     load_published_state_dict,
     names_code,
 )
-from fastadv.models.normalization import refuse_second_normalization, trust_normalization
+from fastadv.models.lost_normalization import trust_normalization
+from fastadv.models.own_normalization import refuse_second_normalization
 from fastadv.models.state_files import Foreign
 from fastadv.trainers import load_model
 from fastadv.trainers.checkpoint import find_checkpoint

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastadv.engine.operands import storage_of
+from fastadv.engine.operator_calls import unrecorded
 
 
 class Memory:
@@ -77,7 +78,7 @@ class Memory:
             self._most = batch
 
     def _new(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
-        with torch._C._DisableTorchDispatch():  # a replay of the pass writes to the same buffer
+        with unrecorded():  # a replay of the pass writes to the same buffer
             return torch.empty(
                 tuple(shape), dtype=self.dtype, memory_format=torch.channels_last, device="cpu"
             )

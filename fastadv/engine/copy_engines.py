@@ -148,7 +148,11 @@ def _passed(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 class ProgramEngine(EngineOnCopy):
-    """Runs the attack copy as a program of fused steps: bfloat16 or float32 on the CPU."""
+    """Runs the attack copy as a program of fused steps: bfloat16 or float32 on the CPU.
+
+    Attributes:
+        passes: the program's passes, some of them replayed.
+    """
 
     def __init__(
         self, tape: Tape, recording: Recording, reason: str, precision: str = "bf16"
@@ -157,7 +161,7 @@ class ProgramEngine(EngineOnCopy):
         self._copy = AttackCopy(tape, recording, COMPUTE_DTYPES[precision], pack=True)
         self._program = Program(self._copy)
         own = tape.own_functions or not all(is_torchs(op.function) for op in tape.ops)
-        self._passes = ReplayedProgram(
+        self.passes = ReplayedProgram(
             self._program, "the model calls code of others" if own else None
         )
 
@@ -168,26 +172,26 @@ class ProgramEngine(EngineOnCopy):
 
     def rest(self) -> None:
         """As in `EngineOnCopy.rest`."""
-        self._passes.release()
+        self.passes.release()
 
     def refresh(self, recording: Recording) -> None:
         """As in `EngineOnCopy.refresh`."""
         super().refresh(recording)
-        self._passes.refresh()
+        self.passes.refresh()
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits [B, C] without gradient."""
-        logits, _ = self._passes.forward(x, with_gradient=False)
+        logits, _ = self.passes.forward(x, with_gradient=False)
         check_logits(logits, x.shape[0])
         return logits.to(torch.float32, copy=True)
 
     def gradient(self, x: Tensor, value_of: ValueOfLogits) -> InputGradient:
         """As in `Engine.gradient`; ``grad`` is in the program's dtype and valid until the engine's next call."""
-        output, started = self._passes.forward(x, with_gradient=True)
+        output, started = self.passes.forward(x, with_gradient=True)
         check_logits(output, x.shape[0])
         value, at_logits = gradient_at_logits(output, value_of)
         logits = output.to(torch.float32, copy=True)
-        grad = self._passes.backward(started, at_logits)
+        grad = self.passes.backward(started, at_logits)
         check_gradient(grad is not None)
         assert grad is not None
         return InputGradient(value, logits, grad)

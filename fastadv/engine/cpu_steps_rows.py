@@ -14,6 +14,7 @@ from fastadv.engine.copy import AttackCopy
 from fastadv.engine.cpu_pass import Pass, laid_out_like
 from fastadv.engine.cpu_steps import PlainStep, ProgramStep
 from fastadv.engine.layers import CopiedLinear
+from fastadv.engine.operator_calls import unrecorded
 
 _OPS = torch.ops.fastadv
 
@@ -168,7 +169,8 @@ class RowsLinearStep(ProgramStep):
             return
         if self._generation != self._part.generation:
             scale = None if self._scale is None else run.values[self._scale]
-            self._pack(scale)
+            with unrecorded():  # or each replay of this pass would pack the same weights again
+                self._pack(scale)
             self._generation = self._part.generation
         run.values[self.node] = _product(x, self._weights[0], self._bias)
 
@@ -189,10 +191,14 @@ class RowsLinearStep(ProgramStep):
             wide = scale.reshape(-1).float()
             weight = weight * wide[:, None]
             bias = None if bias is None else bias * wide
-        narrow = weight.bfloat16()
-        reorder = torch.ops.mkldnn._reorder_linear_weight
-        self._weights = reorder(narrow.contiguous()), reorder(narrow.t().contiguous())
+        self._weights = _packed(weight), _packed(weight.t())
         self._bias = None if bias is None else bias.bfloat16()
+
+
+def _packed(weight: Tensor) -> Tensor:
+    narrow = weight.bfloat16().contiguous()
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(narrow)
+    return packed
 
 
 def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,12 +7,14 @@ networks finding them takes longer than the operators themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastadv.engine.operands import storage_of, tensors_in
@@ -86,7 +88,6 @@ class CallRecorder(TorchDispatchMode):
     Attributes:
         fault: why the calls cannot stand for another pass; None while they can.
         calls: in their order.
-        constants: the tensors that the calls hold.
         places: the number of places.
     """
 
@@ -101,13 +102,18 @@ class CallRecorder(TorchDispatchMode):
         super().__init__()
         self.fault: str | None = None
         self.calls: list[Call] = []
-        self.constants: list[Tensor] = []
         self.places = 0
         self._in_memory = in_memory
-        # By the id of a tensor. The tensors stay alive, so that no other one takes over an id.
-        self._sources: dict[int, Place | Tensor] = {}
-        self._alive: list[Tensor] = []
-        self._sharing: dict[int, list[Tensor]] = {}  # tensors with a place, by their storage
+        self._constants: dict[int, Tensor] = {}  # by id, alive
+        # By storage, and then by the elements that a tensor has of it, as autograd wraps its saved tensors anew.
+        # No tensor is kept, so that a recorded pass takes no more memory than another.
+        self._places: dict[int, dict[Hashable, Place]] = {}
+        self._known: list[StorageWeakRef | Tensor] = []  # so that no new storage takes over a key
+
+    @property
+    def constants(self) -> Collection[Tensor]:
+        """The tensors that the calls hold."""
+        return self._constants.values()
 
     def add(self, tensor: Tensor) -> Place:
         """The place of a tensor that is new in each pass."""
@@ -118,17 +124,13 @@ class CallRecorder(TorchDispatchMode):
 
     def source_of(self, tensor: Tensor) -> Place | Tensor | None:
         """The place of a tensor, or the tensor itself if it is a constant; None if it is neither."""
-        source = self._sources.get(id(tensor))
-        if source is not None:
-            return source
-        sharing = self._sharing.get(storage_of(tensor))
-        if sharing is None:
-            self._keep(tensor)
+        if id(tensor) in self._constants:
             return tensor
-        for other in sharing:  # autograd wraps the tensors that it has saved in new objects
-            if _is_same(other, tensor):
-                return self._sources[id(other)]
-        return None
+        places = self._places.get(storage_of(tensor))
+        if places is not None:
+            return places.get(_elements_of(tensor))
+        self._constants[id(tensor)] = tensor
+        return tensor
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -158,15 +160,13 @@ class CallRecorder(TorchDispatchMode):
             self.fault = f"{func} returns no tensor"
             return
         if func.is_view and all(isinstance(source, Tensor) for source in sources.values()):
-            for part in parts:
-                self._keep(part)
+            self._constants |= {id(part): part for part in parts}
             return
         if func is torch.ops.aten.detach.default:
             self._stands(sources[id(args[0])], result)
             return
         numbers = [
-            None if part is None or id(part) in self._sources else self.add(part).number
-            for part in parts
+            None if part is None or self._has(part) else self.add(part).number for part in parts
         ]
         args, kwargs = (
             _mapped(given, lambda a: sources[id(a)] if isinstance(a, Tensor) else a)
@@ -178,14 +178,25 @@ class CallRecorder(TorchDispatchMode):
             Call(func, args, kwargs, holes if are_all else None, numbers if several else numbers[0])
         )
 
-    def _keep(self, tensor: Tensor) -> None:
-        self._sources[id(tensor)] = tensor
-        self.constants.append(tensor)
+    def _has(self, tensor: Tensor) -> bool:
+        places = self._places.get(storage_of(tensor), {})
+        return id(tensor) in self._constants or _elements_of(tensor) in places
 
     def _stands(self, place: Place, tensor: Tensor) -> None:
-        self._sources[id(tensor)] = place
-        self._alive.append(tensor)
-        self._sharing.setdefault(storage_of(tensor), []).append(tensor)
+        storage = storage_of(tensor)
+        if storage not in self._places:
+            has_one = tensor.layout == torch.strided
+            self._known.append(StorageWeakRef(tensor.untyped_storage()) if has_one else tensor)
+        self._places.setdefault(storage, {}).setdefault(_elements_of(tensor), place)
+
+
+def unrecorded() -> AbstractContextManager[None]:
+    """Within, a `CallRecorder` sees no operator, so that their results are constants of the pass.
+
+    This is for memory and packed weights, which a program makes in one pass and uses in many.
+    """
+    context: AbstractContextManager[None] = torch._C._DisableTorchDispatch()
+    return context
 
 
 def drop_early(calls: Sequence[Call], kept: Collection[int]) -> None:
@@ -221,16 +232,12 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[
     ]
 
 
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one storage are the same elements in the same order."""
-    return (
-        one.dtype == other.dtype
-        and one.shape == other.shape
-        and one.stride() == other.stride()
-        and one.storage_offset() == other.storage_offset()
-        and one.is_conj() == other.is_conj()
-        and one.is_neg() == other.is_neg()
-    )
+def _elements_of(tensor: Tensor) -> Hashable:
+    """Equal for two tensors of one storage that are the same elements in the same order."""
+    if tensor.layout != torch.strided:
+        return tensor.layout
+    place = tensor.storage_offset(), tensor.shape, tensor.stride()
+    return tensor.dtype, *place, tensor.is_conj(), tensor.is_neg()
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.engine.hidden_draws import is_torchs
-from fastadv.engine.operands import broadcast_shapes, count_write
-from fastadv.engine.recorder import Recorder, recorded, storage_of, tensors_in
+from fastadv.engine.operands import broadcast_shapes, count_write, storage_of, tensors_in
+from fastadv.engine.recorder import Recorder, recorded
 from fastadv.engine.recording import RecordedOp, Recording, refs
 
 # Their result has the shape of their first argument, and so has that of their forms that write to it.
@@ -96,7 +96,7 @@ class _Outline(Recorder):
             RuntimeError: the function is none of torch's, and may not take arbitrary values.
         """
         operands, number = tensors_in((args, kwargs)), len(self.recording.ops)
-        if not any(self._depends(t) for t in operands):
+        if not any(map(self._places.depends, operands)):
             return super().call(func, args, kwargs)
         if not is_torchs(func):
             raise RuntimeError("only a real pass can tell")
@@ -110,7 +110,7 @@ class _Outline(Recorder):
             shape = _shape_of(func.__name__, then, self._like, operands)
         else:
             return super().call(func, args, kwargs)
-        if then.writes and shape == args[0].shape and self._depends(args[0]):
+        if then.writes and shape == args[0].shape and self._places.depends(args[0]):
             count_write(args[0])
             return args[0]
         if shape is None or then.writes or not makes_new(then, self._like):

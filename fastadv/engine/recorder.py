@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import types
-import weakref
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -21,14 +20,14 @@ from fastadv.engine import ragged, randomness
 from fastadv.engine import recorded_functions as functions
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.hidden_draws import may_hide_draws, watched_for_draws
-from fastadv.engine.operands import leads_to, storage_of, tensors_in, version_of
+from fastadv.engine.operands import leads_to, tensors_in, version_of
 from fastadv.engine.own_functions import reads_for_itself, sees_own_functions
+from fastadv.engine.recorded_places import NOTHING, Places
 from fastadv.engine.recording import RecordedOp, Recording, Ref, item, refs
 from fastadv.engine.recording_mode import recording_mode, warm_up, without_graph
 from fastadv.engine.unseen_operations import UnseenOperations, others_below, unwatched
 from fastadv.engine.watched_size import SizeComparisons, watched
 
-_NOTHING = torch.empty(0, device="cpu", dtype=torch.float32)  # for activations of a large batch
 _RAGGED = "its forward looks at a size that depends on values ({})"
 
 
@@ -93,11 +92,7 @@ class Recorder(TorchFunctionMode):
     def __init__(self, images: Tensor, gradients: bool = True) -> None:
         super().__init__()
         self.recording = Recording(gradients=gradients)
-        self._places: dict[int, int] = {}  # by id; `values` keeps most tensors, so ids stay theirs
-        self._watched: list[weakref.ref[Tensor]] = []  # the others
-        self._by_storage: dict[int, set[int]] = {}  # ids of tensors that share memory
-        self._stale: set[int] = set()  # ids of tensors that a write through another has changed
-        self._model_storages: set[int] = set()
+        self._places = Places(self.recording)
         self._ragged: set[int] = set()  # places of tensors whose shape depends on values
         # The arguments of the function that has just run, as `referred` gives them, if `call` has asked.
         self._referred: tuple[Any, Any] | None = None
@@ -114,8 +109,8 @@ class Recorder(TorchFunctionMode):
         """Record the model on a copy of the images that is no leaf, so that it may write to it."""
         recording = self.recording
         batch = recording.images.clone()
-        self._add(batch, depends=True)
-        with self, UnseenOperations(self._is_seeing, self._depends, self._note_unseen):
+        self._places.add(batch, depends=True)
+        with self, UnseenOperations(self._is_seeing, self._places.depends, self._note_unseen):
             result = model(batch)
         self._comparisons.on = False  # the model may keep sizes
         recording.comparisons = self._comparisons.seen
@@ -123,8 +118,8 @@ class Recorder(TorchFunctionMode):
             raise Unrecordable(self.refusal)
         if not isinstance(result, Tensor):
             raise Unrecordable(f"its forward returns a {type(result).__name__}, not one tensor")
-        place = self._places.get(id(result))
-        if place is None or id(result) in self._stale:
+        place = self._places.of(result)
+        if place is None or self._places.is_stale(result):
             raise self._refuse(functions.UNSEEN)
         recording.output, recording.logits = place, result
         return recording
@@ -177,7 +172,7 @@ class Recorder(TorchFunctionMode):
             if read == "grad_fn":  # which takes hooks that nobody sees
                 raise self._refuse("its forward looks into the graph of its gradients")
             if read not in functions.TENSOR_PROPERTIES:
-                asks = reads_for_itself(func, caller) and not self._depends(args[0])
+                asks = reads_for_itself(func, caller) and not self._places.depends(args[0])
                 if asks and not leads_to(args[0], self.recording.images):
                     raise self._refuse("its forward asks whether its weights require grad")
                 return func(*args, **kwargs)
@@ -196,11 +191,15 @@ class Recorder(TorchFunctionMode):
             self._see_code(False)
             self.leave()
         written = [t for t, v in zip(operands, versions, strict=True) if version_of(t) != v]
-        written = written or functions.uncounted(name, args, kwargs, result, self._depends)
+        written = written or functions.uncounted(name, args, kwargs, result, self._places.depends)
         made = tensors_in((result,))
         if not made and not written:
             self._check_what_is_read(name, operands)
-            if result is not None and may_hide_draws(func) and any(map(self._depends, operands)):
+            if (
+                result is not None
+                and may_hide_draws(func)
+                and any(map(self._places.depends, operands))
+            ):
                 raise self._refuse(f"its forward takes numbers that others compute ({name})")
             if name in functions.SIZES:
                 return watched(result, self._comparisons)
@@ -241,18 +240,18 @@ class Recorder(TorchFunctionMode):
         if name in functions.REFUSED:
             raise self._refuse(functions.REFUSED[name])
         for target in functions.targets_of(name, args, kwargs):
-            if id(target) not in self._places or storage_of(target) in self._model_storages:
+            if self._places.of(target) is None or self._places.is_the_models(target):
                 raise self._refuse(f"its forward writes into the model's own tensors ({name})")
 
     def _check_what_is_read(self, name: str, operands: list[Tensor]) -> None:
-        if name in functions.READS and any(self._depends(t) for t in operands):
+        if name in functions.READS and any(map(self._places.depends, operands)):
             raise self._refuse(f"its forward looks at values that depend on the images ({name})")
         if name in ragged.SIZES and any(map(self._is_ragged, operands)):
             raise self._refuse(_RAGGED.format(name))
 
     def _is_ragged(self, tensor: Tensor) -> bool:
         """Whether the shape of a tensor depends on values of the images."""
-        return bool(self._ragged) and self._places.get(id(tensor)) in self._ragged
+        return bool(self._ragged) and self._places.of(tensor) in self._ragged
 
     def _becomes_ragged(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[Tensor]
@@ -268,7 +267,7 @@ class Recorder(TorchFunctionMode):
                 if name in ragged.CUTS:
                     raise self._refuse(_RAGGED.format(name))
                 return True
-        return any(map(self._depends, ragged.deciding(name, args, kwargs)))
+        return any(map(self._places.depends, ragged.deciding(name, args, kwargs)))
 
     def _record(
         self,
@@ -290,12 +289,12 @@ class Recorder(TorchFunctionMode):
             result = written[0]
         place = len(recording.values)
         single = isinstance(result, Tensor)
-        if single and not written and id(result) in self._places:
+        if single and not written and self._places.of(result) is not None:
             return  # the function has returned its argument
         grad, dim = torch.is_grad_enabled(), result.dim() if single else None
         recording.ops.append(RecordedOp(func, *before, place, grad, bool(written), dim))
         if single:
-            self._add(result, depends)
+            self._places.add(result, depends)
         else:
             self._add_several(result, place, depends)
         if is_ragged:
@@ -311,40 +310,15 @@ class Recorder(TorchFunctionMode):
 
     def _note_write(self, name: str, args: tuple[Any, ...], written: list[Tensor]) -> None:
         target = written[0]
-        if any(storage_of(t) in self._model_storages for t in written):
+        if any(map(self._places.is_the_models, written)):
             raise self._refuse(f"its forward writes into the model's own tensors ({name})")
         if len({id(t) for t in written}) > 1 or not args or args[0] is not target:
             raise self._refuse(f"its forward writes into several tensors at once ({name})")
-        self.recording.overwritten.add(self._places[id(target)])
-        self._stale.update(self._by_storage[storage_of(target)] - {id(target)})
-
-    def _add(self, tensor: Tensor, depends: bool) -> int:
-        """Give a tensor the next place."""
-        recording = self.recording
-        is_kept = recording.gradients or not depends
-        recording.values.append(tensor if is_kept else _NOTHING)
-        recording.depends.append(depends)
-        self._places[id(tensor)] = place = len(recording.values) - 1
-        sharing = self._by_storage.setdefault(storage_of(tensor), set())
-        sharing.add(id(tensor))
-        if not is_kept:
-            self._forget_with(tensor, sharing)
-        return place
-
-    def _forget_with(self, tensor: Tensor, sharing: set[int]) -> None:
-        """Forget a tensor when the model lets go of it: then others may have its id."""
-        places, stale, own = self._places, self._stale, id(tensor)
-
-        def forget(_: object) -> None:
-            places.pop(own, None)
-            sharing.discard(own)
-            stale.discard(own)
-
-        self._watched.append(weakref.ref(tensor, forget))
+        self._places.note_write(target)
 
     def _add_several(self, result: Any, place: int, depends: bool) -> None:
         """Give each tensor of a tuple its place, behind the place of the tuple itself."""
-        self.recording.values.append(_NOTHING)
+        self.recording.values.append(NOTHING)
         self.recording.depends.append(depends)
         if not isinstance(result, (tuple, list)):
             raise self._refuse(f"a function of its forward returns a {type(result).__name__}")
@@ -354,13 +328,9 @@ class Recorder(TorchFunctionMode):
                 grad, args = torch.is_grad_enabled(), (Ref(place), number)
                 op = RecordedOp(item, args, {}, where, grad, False, part.dim())
                 self.recording.ops.append(op)
-                self._add(part, depends)
+                self._places.add(part, depends)
             elif part is not None:
                 raise self._refuse("a function of its forward returns nested tuples")
-
-    def _depends(self, tensor: Tensor) -> bool:
-        place = self._places.get(id(tensor))
-        return place is not None and self.recording.depends[place]
 
     def referred(self, value: Any) -> Any:
         """The value with a `Ref` for each tensor."""
@@ -382,15 +352,14 @@ class Recorder(TorchFunctionMode):
         return plain
 
     def _place(self, tensor: Tensor) -> int:
-        if id(tensor) in self._stale:
+        if self._places.is_stale(tensor):
             raise self._refuse("its forward changes part of a tensor in place")
-        place = self._places.get(id(tensor))
+        place = self._places.of(tensor)
         if place is not None:
             return place
         if leads_to(tensor, self.recording.images):
             raise self._refuse(functions.UNSEEN)
-        self._model_storages.add(storage_of(tensor))
-        return self._add(tensor, depends=False)
+        return self._places.add_of_model(tensor)
 
     def record_own_function(self, cls: Any, args: tuple[Any, ...], result: Any) -> None:
         """Record a call of an autograd function that torch does not hand to modes."""

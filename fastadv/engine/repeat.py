@@ -88,7 +88,7 @@ class Repeat(Recorder):
                 self._note_surroundings()
                 result = self._blank(then.place)
                 self.recording.ops.append(then)
-                self._add(result, depends=True)
+                self._places.add(result, depends=True)
                 return result
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -149,7 +149,7 @@ class Repeat(Recorder):
         if then is None or func is not then.function:
             return super().call(func, args, kwargs)
         known = then.place in self._blanks
-        writes = then.writes and bool(args) and self._depends(args[0])
+        writes = then.writes and bool(args) and self._places.depends(args[0])
         if not known and not writes:
             return super().call(func, args, kwargs)
         self._referred = self.referred(args), self.referred(kwargs)

@@ -22,6 +22,7 @@ _KINDS = 8  # of passes, by shape and layout, that are kept at a time
 _SECONDS_PER_CALL, _WORTH = 10e-6, 0.005
 _SLOWED = 5  # the most that recording slows a pass down by; code that has not run before takes its time, too
 _TOO_LITTLE = "a replay would save too little"
+NOT_YET = "too few passes have run"
 
 
 @dataclass
@@ -163,6 +164,13 @@ class ReplayedProgram:
         if started.kind.fault is not None:
             return gradient
         return self._learn(started, at_logits, gradient)[1]
+
+    def why_not_replayed(self, x: Tensor, with_gradient: bool) -> str | None:
+        """Why the next pass of such images is the program's own; None if it is a replay."""
+        kind = self._kind_of(x, with_gradient)
+        if kind.is_checked and kind.recording is not None:
+            return None
+        return kind.fault or NOT_YET
 
     def _kind_of(self, x: Tensor, with_gradient: bool) -> _Kind:
         if x.shape[0] > self._most:

@@ -13,19 +13,16 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastadv.engine import choice, proof, randomness
-from fastadv.engine.cached_recording import CachedRecording, Changes
+from fastadv.engine import proof, randomness
+from fastadv.engine.cached_recording import CachedRecording
 from fastadv.engine.callers_modes import callers_mode
-from fastadv.engine.candidates import beforehand, candidates, rivals_of
-from fastadv.engine.choice import Contender
+from fastadv.engine.candidates import candidates
 from fastadv.engine.compiled_parts import unwrapped
-from fastadv.engine.copy_engines import EngineOnCopy
 from fastadv.engine.engines import Engine, Model
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.first_recordings import (
@@ -37,6 +34,7 @@ from fastadv.engine.first_recordings import (
     whole,
 )
 from fastadv.engine.frozen import frozen
+from fastadv.engine.kept_copy import KeptCopy, described, used
 from fastadv.engine.live_choice import LiveChoice
 from fastadv.engine.live_engines import LiveEngine, as_model_takes, naming_dtypes
 from fastadv.engine.live_reference import LiveReference
@@ -44,9 +42,7 @@ from fastadv.engine.matrix_products import live_is_known_to_win
 from fastadv.engine.precision import fast_bf16
 from fastadv.engine.proof_schedule import ProofSchedule, Trial
 from fastadv.engine.recorder import record
-from fastadv.engine.recording import Recording
 from fastadv.engine.request import EngineRequest
-from fastadv.engine.tape import Tape
 from fastadv.float32 import full_float32
 
 _CHANCES = 2  # number of copies in one precision that may turn out wrong in use, before the precision is left out
@@ -54,40 +50,11 @@ _COPIES = 4  # number of copies kept per kind of images: a model may alternate b
 _KINDS = 8  # number of kinds of images
 
 
-@dataclass
-class _Copy:
-    """An engine on a copy: the operations it is made of, and the batch sizes at which they were the model's.
-
-    Attributes:
-        tape: the operations.
-        engine: the first that was found right.
-        reason: why it was taken.
-        evidence: whether the images told anything about gradients; true of the live model.
-        sizes: the batch sizes.
-        changes: of the weights since the last proof.
-        chosen: the engine in its place, or itself, and the reason, by group of batch sizes.
-    """
-
-    tape: Tape
-    engine: Contender
-    reason: str
-    evidence: bool
-    sizes: set[int] = field(default_factory=set)
-    changes: Changes = field(default_factory=Changes)
-    chosen: dict[int, tuple[Contender, str]] = field(default_factory=dict)
-
-    def engine_for(self, batch: int) -> Contender:
-        """The engine that runs batches of this size."""
-        engine, reason = self.chosen.get(choice.group_of(batch), (self.engine, self.reason))
-        engine.reason = reason
-        return engine
-
-
 class EngineCache:
     """The engines of one model."""
 
     def __init__(self) -> None:
-        self._copies: dict[Hashable, list[_Copy]] = {}
+        self._copies: dict[Hashable, list[KeptCopy]] = {}
         self._live = LiveChoice()
         self._schedule = ProofSchedule()
         self._told: set[str] = set()
@@ -190,7 +157,7 @@ class EngineCache:
         kept.insert(0, made)
         del kept[_COPIES:]
         if precision not in parted:
-            _choose(made, reference, precision, request)
+            made.choose(reference, precision, request)
         engine = made.engine_for(x.shape[0])
         self._last_proven = engine if self._still else None
         return engine
@@ -199,7 +166,7 @@ class EngineCache:
         self,
         model: nn.Module,
         x: Tensor,
-        kept: list[_Copy],
+        kept: list[KeptCopy],
         kind: Hashable,
         precision: str,
         request: EngineRequest,
@@ -214,12 +181,12 @@ class EngineCache:
         proven = (
             c
             for c in known
-            if few and (c.engine_for(batch) is self._last_proven or _unchanged(c, model, x))
+            if few and (c.engine_for(batch) is self._last_proven or c.is_unchanged(model, x))
         )
         same = next(proven, None)
         careful |= randomness.shared_states() != states  # by the model, or by another thread
         if same is not None and not careful:
-            return _used(kept, same, batch)
+            return used(kept, same, batch)
         for size in dict.fromkeys((PROBES if few else batch, batch)):
             if size <= PROBES:
                 recording = record(model, finite(x[:size]), careful=careful, warmup=warmup)
@@ -227,14 +194,14 @@ class EngineCache:
                 recording = whole(model, x, careful, warmup)
             if not careful and randomness.shared_states() != states:
                 record(model, finite(x[:PROBES]), careful=True)  # refuses a model that draws
-            copy = _described(recording, known if size < batch else kept)
+            copy = described(recording, known if size < batch else kept)
             if copy is not None:
                 engine, is_new = copy.engine_for(batch), batch not in copy.sizes
                 engine.refresh(recording)
                 with_gradient = is_new or copy.changes.gradients_are_due(model)
                 shown = recording
                 if with_gradient and not recording.gradients:
-                    shown = _with_gradients(copy, model, x, careful) or recording
+                    shown = copy.with_gradients(model, x, careful) or recording
                 with engine.session(model, 0, current=True):
                     agrees = proof.agrees(engine, shown, model, with_gradient, copy.tape.by_mode)
                 if not agrees:
@@ -245,81 +212,10 @@ class EngineCache:
                 worth = size == PROBES and copy.changes.worth_caching(model, recording)
                 engine.cached_recording = CachedRecording.of(recording, warmup) if worth else None
                 if is_new and self._parted[kind, precision] < _CHANCES:
-                    _choose(copy, LiveReference(model, x, copy.tape, precision), precision, request)
-                return _used(kept, copy, batch)
+                    copy.choose(LiveReference(model, x, copy.tape, precision), precision, request)
+                return used(kept, copy, batch)
         kept[:] = [copy for copy in kept if copy.evidence]
         return None
-
-
-def _used(kept: list[_Copy], copy: _Copy, batch: int) -> Engine:
-    """The engine of one of the copies kept, which the next use then tries first."""
-    kept.remove(copy)
-    kept.insert(0, copy)
-    return copy.engine_for(batch)
-
-
-def _with_gradients(copy: _Copy, model: nn.Module, x: Tensor, careful: bool) -> Recording | None:
-    """A recording with a graph, of as few images as the copy serves; None where memory does not suffice."""
-    tape = copy.tape
-    sizes = (PROBES, len(x)) if tape.only_batch is None else (len(x),)
-    try:
-        for size in sizes:
-            recording = record(model, finite(x[:size]), careful=careful, warmup=tape.warmup)
-            if tape.describes(recording):
-                return recording
-    except torch.OutOfMemoryError:
-        pass
-    return None
-
-
-def _choose(copy: _Copy, reference: LiveReference, precision: str, request: EngineRequest) -> None:
-    """Let a copy have the fastest engine for batches of this size, where that is not known beforehand.
-
-    The copy's own engine has the model's weights.
-    """
-    x, spent = reference.x, reference.spent
-    first, group = copy.engine, choice.group_of(x.shape[0])
-    on_cpu = x.device.type == "cpu" and precision in ("bf16", "fp32")
-    if request.engine != "auto" or not on_cpu or group in copy.chosen or not copy.evidence:
-        return
-    if not isinstance(first, EngineOnCopy) or not choice.is_open(first):
-        return
-    images = finite(x if copy.tape.only_batch is not None else x[: choice.enough_images(spent)])
-    rivals = rivals_of(first, reference, precision, images[:PROBES])
-    key = choice.key_of(copy.tape, x, precision)
-    known = beforehand(first, reference, precision, len(images))
-    found, engine = choice.choose(key, reference, images, first, rivals, known)
-    copy.chosen[group] = engine, f"{copy.reason}; {found}"
-    if engine is not first:
-        engine.cached_recording = first.cached_recording
-        first.rest()
-
-
-def _unchanged(copy: _Copy, model: nn.Module, x: Tensor) -> bool:
-    """Whether a copy was proven before and the model, weights included, has not changed since.
-
-    Then its logits and gradients are right without another comparison.
-    """
-    engine = copy.engine_for(x.shape[0])
-    cached, engine.cached_recording = engine.cached_recording, None
-    if cached is None or not copy.evidence or copy.changes.are_certain(model):
-        return False
-    if not cached.is_laid_out_like(x):  # a model may ask for the layout
-        return False
-    if not cached.is_unchanged(model):
-        return False
-    same = not copy.tape.by_mode or cached.is_unchanged(model, gradients=False)
-    if not same and not proof.agrees_without_gradients(engine, model, cached.images):
-        return False
-    engine.cached_recording = cached
-    copy.changes.used()
-    return True
-
-
-def _described(recording: Recording, copies: list[_Copy]) -> _Copy | None:
-    """The copy that is made of the operations recorded."""
-    fitting = (copy for copy in copies if copy.evidence and copy.tape.describes(recording))
-    return next(fitting, None)
 
 
 def _kind(x: Tensor, request: EngineRequest) -> tuple[Hashable, ...]:
@@ -364,7 +260,7 @@ def _obstacle(model: Model, x: Tensor, request: EngineRequest, mode: str | None)
 
 def _build(
     model: nn.Module, x: Tensor, precision: str, request: EngineRequest, parted: Collection[str]
-) -> tuple[_Copy, LiveReference]:
+) -> tuple[KeptCopy, LiveReference]:
     """A copy in the narrowest precision whose gradients are the model's, ``parted`` left out, and the proof.
 
     Raises:
@@ -395,6 +291,6 @@ def _build(
             if engine.precision != precision:
                 engine.reason += f"; {failures[-1]}"
             conclusive = isinstance(engine, LiveEngine) or reference.evidence.is_conclusive()
-            return _Copy(tape, engine, engine.reason, conclusive, {x.shape[0]}), reference
+            return KeptCopy(tape, engine, engine.reason, conclusive, {x.shape[0]}), reference
         failures.append(f"in {engine.precision} {fault}")
     raise Unrecordable(failures[-1] if failures else "no copy serves it")

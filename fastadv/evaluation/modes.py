@@ -14,7 +14,7 @@ from fastadv.engine.networks import (
     switched_to_train_mode,
 )
 from fastadv.evaluation.context import Model
-from fastadv.models.normalization import doubt_about_normalization
+from fastadv.models.lost_normalization import doubt_about_normalization
 
 
 def doubts_about(model: Model, argument: str = "model") -> list[str]:

@@ -34,7 +34,7 @@ from fastadv.evaluation.minimum import CarliniWagner, norm_of, smallest_perturba
 from fastadv.evaluation.result_row import RANDOM, Row, Stage, Status
 from fastadv.evaluation.runner import Outcome, Runner
 from fastadv.evaluation.worst import WorstImages
-from fastadv.models.normalization import doubt_about_normalization
+from fastadv.models.lost_normalization import doubt_about_normalization
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastadv.models.forms import check_form_named
-from fastadv.models.normalization import (
-    leave_to_network,
-    note_normalization,
-    set_normalization,
-    warn_of_lost_normalization,
-    without_own_constants,
-)
+from fastadv.models.lost_normalization import warn_of_lost_normalization
+from fastadv.models.normalization_constants import note_normalization, set_normalization
+from fastadv.models.own_normalization import leave_to_network, without_own_constants
 from fastadv.models.split import Normalized, without_normalization
 from fastadv.models.state_files import StateFileError, read_state_file
 from fastadv.models.weight_search import find_weights, require_dense

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastadv.fields import arguments_checked
 from fastadv.files import check_archive
@@ -78,6 +79,11 @@ class Foreign:
             return [float(value) for value in np.frombuffer(raw, order.replace("|", "") + code)]
         except (AttributeError, IndexError, TypeError, ValueError):
             return []  # it is not written as numpy writes it
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor has values (it is not on "meta") and a dense layout."""
+    return tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type != "meta"
 
 
 @arguments_checked

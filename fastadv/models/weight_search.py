@@ -9,8 +9,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fastadv.models.normalization import MAX_DEPTH, constants, is_dense
-from fastadv.models.state_files import Foreign
+from fastadv.models.normalization_constants import constants
+from fastadv.models.state_files import Foreign, is_dense
+
+MAX_DEPTH = 4  # levels of mappings inside each other
 
 _Place: TypeAlias = tuple[str, dict[str, Tensor]]
 

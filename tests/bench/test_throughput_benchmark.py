@@ -18,6 +18,9 @@ from arrangements import COMPILED, Task
 from measure import at_most, interleave
 from torch import nn
 
+from fastadv.engine import cpu_convolution, replayed_program
+from fastadv.engine.cpu_program import Program
+
 CPU = torch.device("cpu")
 SLOW, SKIPPED = COMPILED[:2]
 
@@ -57,3 +60,35 @@ def test_an_alarm_rings_once_and_never_late() -> None:
     with at_most(0.05):
         pass
     time.sleep(0.1)
+
+
+@pytest.mark.skipif(not cpu_convolution.available(), reason="programs need the compiled part")
+@pytest.mark.parametrize("worth", [0.0, float("inf")])
+def test_the_breakdown_times_the_passes_of_an_attack(
+    worth: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replayed_program, "_WORTH", worth)
+    plain, own = Program.forward, []
+    monkeypatch.setattr(
+        Program, "forward", lambda self, x: own.append(len(x) == 6) or plain(self, x)
+    )
+    counts = []
+    for rounds in (1, 4):
+        own.clear()
+        task = throughput.make_task("small_cnn", 6, 1, CPU, (1, 8, 8))
+        name, times = throughput.breakdown(task, rounds, "fp32")
+        counts.append(sum(own))
+        assert times["forward"].rounds == times["input gradient"].rounds == rounds
+    replayed, too_little = "replayed from the calls", "not replayed: a replay would save too little"
+    assert name.startswith("fused program in fp32, " + (replayed if worth == 0 else too_little))
+    # Of the timed passes a replayed one leaves the program's own code out.
+    assert counts[1] - counts[0] == (0 if worth == 0 else 3)
+
+
+def test_the_breakdown_of_a_live_model_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastadv.engine.selection.candidates", lambda *_: iter(()))
+    task = throughput.make_task("small_cnn", 6, 1, CPU, (1, 8, 8))
+    with pytest.warns(UserWarning, match="eager engine"):
+        name, times = throughput.breakdown(task, 1, "bf16")
+    assert name.startswith("live model")
+    assert {"forward and input gradient", "update"} <= set(times)

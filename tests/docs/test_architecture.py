@@ -100,7 +100,17 @@ def test_every_private_name_of_torch_is_on_the_page() -> None:
 
 
 def test_named_files_exist() -> None:
-    names = re.findall(r"`((?:bench|csrc|docs|fastadv|kernels|tests|trainers)/[\w./]+)`", PAGE)
+    names = re.findall(
+        r"`((?:bench|csrc|docs|engine|fastadv|kernels|tests|trainers)/[\w./]+)`", PAGE
+    )
     places = [n if (ROOT / n).exists() else f"fastadv/{n}" for n in names if "NAME" not in n]
     assert places
     assert not [place for place in places if not (ROOT / place).exists()]
+
+
+def test_the_table_of_the_engines_files_has_each_of_them() -> None:
+    section = (ROOT / "docs" / "engine.md").read_text().split("## Files\n")[1]
+    told = re.findall(r"`(\w+\.py)`", section)
+    assert sorted(told) == sorted(
+        path.name for path in (PACKAGE / "engine").glob("*.py") if path.name != "__init__.py"
+    )

@@ -36,7 +36,7 @@ def with_recorder(monkeypatch: pytest.MonkeyPatch, recorder: Any, whole: bool = 
     monkeypatch.setattr(graphed_passes, "LONG", LONG)
     monkeypatch.setattr("fastadv.engine.selection.candidates", candidates)
     monkeypatch.setattr("fastadv.engine.selection._obstacle", lambda *_: None)
-    monkeypatch.setattr("fastadv.engine.selection.choice.is_open", lambda engine: False)
+    monkeypatch.setattr("fastadv.engine.choice.is_open", lambda engine: False)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch.nn.functional as F
 from attack_helpers import copy_of, randomise, refresh
 from torch import Tensor, nn
 
-from fastadv.engine import cpu_channels, replayed_program
+from fastadv.engine import cpu_channels, cpu_steps_rows, replayed_program
 from fastadv.engine import cpu_convolution as convolution
 from fastadv.engine.buffer_pool import Memory
 from fastadv.engine.cpu_program import Program
+from fastadv.engine.cpu_steps import LinearStep
+from fastadv.engine.cpu_steps_rows import RowsLinearStep
 from fastadv.engine.operator_calls import CallRecorder
 from fastadv.engine.replayed_program import ReplayedProgram
 from fastadv.models import create_model
@@ -156,6 +159,49 @@ def test_replays_follow_new_weights(name: str) -> None:
         program.refresh()
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN packs the weights")
+def test_new_weights_are_packed_once_and_not_in_each_replay(monkeypatch) -> None:
+    packed = []
+
+    def pack(weight: Tensor) -> Tensor:  # in float32, which every processor can pack
+        packed.append(weight)
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+
+    def product(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, weights, bias, "none", [], "")
+
+    monkeypatch.setattr(cpu_steps_rows, "_packed", pack)
+    monkeypatch.setattr(cpu_steps_rows, "_product", product)
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 400, bias=False)),
+        images_of((2, 3, 8, 8), 0),
+    )
+    copied = copy_of(model, x, torch.float32, pack=True)
+    inner = Program(copied)
+    inner._steps = [
+        RowsLinearStep(step.node, step._part, step._x) if isinstance(step, LinearStep) else step
+        for step in inner.steps
+    ]
+    program = ReplayedProgram(inner)
+    # One pass with the first weights, so that the pass with the next ones, which packs them, is the recorded one.
+    for passes in (1, 5, 5):
+        with torch.no_grad():
+            model[1].weight.normal_()
+        refresh(copied, model, x)
+        program.refresh()
+        for _ in range(passes):
+            logits, gradient = pass_of(program, x, True)
+            torch.testing.assert_close(logits, model(x))
+            weights = torch.linspace(-1, 2, logits.numel()).view_as(logits)
+            torch.testing.assert_close(gradient.flatten(1), weights @ model[1].weight)
+    assert is_replayed(program, x)
+    assert len(packed) == 3 * 2  # forward and backward
+    (kind,) = program._kinds.values()
+    assert kind.recording is not None and kind.recording.holds_filters
+    assert not any("reorder" in str(call.operator) for call in kind.recording.calls)
+
+
 def test_a_larger_batch_and_a_release_forget_the_replays() -> None:
     model, example = create_model("small_cnn", 5, 3).eval(), images_of((2, 3, 8, 8), 0)
     own = Program(copy_of(model, example, torch.float32, pack=True))
@@ -285,6 +331,57 @@ def test_replays_keep_no_tensor_longer_than_needed() -> None:
     _, started = program.forward(x, True)
     assert started.values is not None
     assert sum(isinstance(value, Tensor) for value in started.values) == 2  # images and logits
+
+
+def test_a_recorded_pass_keeps_no_tensor_longer_than_another() -> None:
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def doubled_often(x: Tensor) -> Tensor:
+        for _ in range(5):
+            x = x * 2
+            made.append(weakref.ref(x))
+        alive.append(sum(tensor() is not None for tensor in made))
+        made.clear()
+        return x.flatten(1)
+
+    program = ReplayedProgram(Stub(doubled_often))  # type: ignore[arg-type]
+    x = images_of((2, 3, 2, 2), 0)
+    for _ in range(4):
+        pass_of(program, x, True)
+    assert is_replayed(program, x)
+    assert alive == [1, 1, 1]
+
+
+def test_new_memory_at_the_place_of_freed_memory_is_another_tensor() -> None:
+    def summed(x: Tensor) -> Tensor:
+        total = x * 0
+        for factor in range(20):
+            total = total + (x * factor).exp()
+        return total.flatten(1)
+
+    program = ReplayedProgram(Stub(summed))  # type: ignore[arg-type]
+    for turn in range(5):
+        x = images_of((2, 3, 2, 2), turn)
+        assert torch.equal(pass_of(program, x, True)[0], summed(x))
+    assert is_replayed(program, x)
+
+
+def test_a_saved_result_is_known_after_its_own_tensor_is_gone() -> None:
+    """Autograd keeps the memory of an activation, in another tensor."""
+
+    def squashed(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            value = (leaf * 3).sigmoid().exp().sum((2, 3))  # exp and sigmoid save their results
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        return gradient.flatten(1)
+
+    program = ReplayedProgram(Stub(squashed))  # type: ignore[arg-type]
+    for turn in range(5):
+        x = images_of((2, 3, 2, 2), turn)
+        assert torch.equal(pass_of(program, x, True)[0], squashed(x))
+    assert is_replayed(program, x)
 
 
 def test_a_view_that_nobody_has_made_is_noticed() -> None:
