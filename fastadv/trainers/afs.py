@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.models import Stack, copy_weights
+from fastadv.models.split import logits_of_halves
 from fastadv.models.stack import pooled_side_by_side
 from fastadv.ops import random_start
 from fastadv.trainers.adversarial import AdversarialMethod
-from fastadv.trainers.halves import logits_of_halves
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch, accuracy
 from fastadv.trainers.number import Number
 from fastadv.trainers.recipe import AdversarialRecipe, Presets, Recipe

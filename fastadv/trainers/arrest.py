@@ -15,10 +15,11 @@ from fastadv.engine.feature_tap import FeatureTap
 from fastadv.engine.frozen import frozen
 from fastadv.losses.common import at_least_float32
 from fastadv.models import check_feature_split, copy_weights
+from fastadv.models.split import logits_of_halves
 from fastadv.ops import noisy_replay, replay_mask
 from fastadv.trainers.adversarial import AdversarialMethod
 from fastadv.trainers.frozen_forward import features_of
-from fastadv.trainers.halves import are_maps, logits_of_halves
+from fastadv.trainers.halves import are_maps
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch, accuracy
 from fastadv.trainers.number import Number
 from fastadv.trainers.recipe import AdversarialRecipe, Recipe, check_field

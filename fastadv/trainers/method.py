@@ -17,10 +17,10 @@ from fastadv.engine.compiled_parts import has_compiled_parts
 from fastadv.engine.training_convolution import TrainingConvolutions
 from fastadv.losses import cross_entropy
 from fastadv.losses.common import at_least_float32
+from fastadv.models.split import Halves, logits_of_halves
 from fastadv.ranks import Ranks
 from fastadv.seeding import derive_seed
 from fastadv.trainers.frozen_forward import FrozenForward, Output, logits_of
-from fastadv.trainers.halves import logits_of_halves
 from fastadv.trainers.phases import PhaseTimer
 from fastadv.trainers.recipe import Recipe
 from fastadv.trainers.returns import check_attacked
@@ -198,7 +198,7 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
                 f"mixup must be 0 for {self.name}, whose loss takes no soft labels, got {recipe.mixup}"
             )
         self._split_pass = _features_and_logits
-        self.halves: dict[str, tuple[nn.Module, Callable[[Any, Tensor], Tensor]]] = {}
+        self.halves: dict[str, tuple[nn.Module, Halves]] = {}
         self._frozen: dict[tuple[str, Output], FrozenForward] = {}
         fast = runtime.device.type == "cpu" and runtime.autocast_dtype == torch.bfloat16
         fast = fast and not has_compiled_parts(model)

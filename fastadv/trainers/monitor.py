@@ -12,10 +12,11 @@ from fastadv.attacks import PGD
 from fastadv.data import ImageData, Loader
 from fastadv.engine.frozen import frozen
 from fastadv.models import check_feature_split
+from fastadv.models.split import logits_of_halves
 from fastadv.ops import angular_distance
 from fastadv.ranks import Ranks
 from fastadv.seeding import derive_seed
-from fastadv.trainers.halves import check_halves, logits_of_halves
+from fastadv.trainers.halves import check_halves
 from fastadv.trainers.method import Runtime
 from fastadv.trainers.recipe import AdversarialRecipe, Recipe
 

@@ -70,7 +70,7 @@ def run(method: str, model: nn.Module, folder: Path, **numbers: Any) -> TrainRes
 def test_a_forward_that_does_more_than_the_halves_is_refused(
     method: str, numbers: dict[str, Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=rf"^model must compute .* which {method} trains with"):
+    with pytest.raises(ValueError, match=rf"^model must compute .* which {method} runs"):
         run(method, like(Brightened, 0), tmp_path, **numbers)
 
 
