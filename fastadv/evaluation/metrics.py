@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastadv.evaluation.context import all_in_evaluation_mode
 from fastadv.evaluation.samples import Samples, as_samples, check_batch_size
 from fastadv.fields import arguments_checked, check_fields
+from fastadv.models.split import halves_apart, logits_of_halves, refuse_other_halves
 from fastadv.ops.values import integer, shown
 
 
@@ -198,7 +199,7 @@ def cosine_similarity_to(
 
     Raises:
         TypeError: when a model has no ``forward_features``.
-        ValueError: when the features have different shapes.
+        ValueError: when the features have different shapes, or a model is more than its halves.
     """
     samples = as_samples(data, (0.0, 1.0), max_examples)
     found = cosine_similarities_to(model, teacher, samples, batch_size=batch_size, device=device)
@@ -219,14 +220,25 @@ def cosine_similarities_to(
             raise TypeError(
                 f"{role} must have forward_features(x), {type(network).__name__} has not"
             )
-    batch_size, found = check_batch_size(batch_size), []
+    batch_size = check_batch_size(batch_size)
+    found: list[Tensor] = []
     with all_in_evaluation_mode([model, teacher], device) as where:
         for indices in samples.batches(batch_size):
             x, _ = samples.take(indices, where)
             with torch.no_grad():
+                if not found:
+                    _check_halves(model, teacher, x[:2])
                 u, v = model.forward_features(x), teacher.forward_features(x)  # type: ignore[operator]
             found.append(_cosine(u, v).cpu())
     return torch.cat(found)
+
+
+def _check_halves(model: nn.Module, teacher: nn.Module, x: Tensor) -> None:
+    """Refuse models whose features are taken without a part of their forward, as far as they have a head."""
+    for role, network in (("model", model), ("teacher", teacher)):
+        if callable(getattr(network, "forward_head", None)):
+            apart = halves_apart(network, lambda f: f(x), logits_of_halves)
+            refuse_other_halves(role, network, apart, "the cosine similarity")
 
 
 def _cosine(u: Tensor, v: Tensor) -> Tensor:

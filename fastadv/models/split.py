@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from fastadv.ops.values import integer, shown
+
+Halves: TypeAlias = Callable[[Any, Tensor], Tensor]
+_ROUNDING = 1e-3  # largest relative difference of logits; in float32 rounding is much less
 
 
 @runtime_checkable
@@ -149,6 +152,63 @@ class Normalized(nn.Module):
 def without_normalization(model: nn.Module) -> nn.Module:
     """Return the model inside a `Normalized`; any other model is returned as it is."""
     return model.model if isinstance(model, Normalized) else model
+
+
+def logits_of_halves(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the logits [B, K] of images [B, C, H, W] by the two halves of a model with the feature split."""
+    split = cast(Any, model)
+    return cast(Tensor, split.forward_head(split.forward_features(x)))
+
+
+def difference_of_logits(whole: Tensor, parts: Tensor) -> float:
+    """Return the size of whole - parts in proportion to whole; infinite for other shapes."""
+    if whole.shape != parts.shape:
+        return float("inf")
+    whole, parts = whole.double(), parts.double()
+    return float((whole - parts).norm() / whole.norm().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def halves_apart(
+    model: nn.Module, call: Callable[[Callable[[Tensor], Tensor]], Tensor], halves: Halves
+) -> float:
+    """Return by how much the logits of a model differ from the logits by its halves.
+
+    Args:
+        model: the model.
+        call: runs a function from images to logits on some images, in evaluation mode and without gradients.
+        halves: a function of model and images that gives the logits by the halves.
+
+    Returns:
+        The relative difference; 0 if only rounding differs, or if the logits differ from pass to pass.
+    """
+    whole = call(model)
+    apart = difference_of_logits(whole, call(lambda x: halves(model, x)))
+    if apart <= _ROUNDING or difference_of_logits(whole, call(model)) > 0:
+        return 0.0
+    return apart
+
+
+def refuse_other_halves(name: str, model: nn.Module, apart: float, user: str) -> None:
+    """Refuse a model whose logits differ from the logits by its halves.
+
+    Anything in its own forward and in its hooks, such as a normalisation, is passed by where halves are run.
+
+    Args:
+        name: the model's name in the message.
+        model: the model.
+        apart: the result of `halves_apart`.
+        user: the code that runs the halves, for the message.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    if apart:
+        raise ValueError(
+            f"{name} must compute forward_head(forward_features(x)), which {user} runs, got a "
+            f"{type(model).__name__} whose logits differ from that by {100 * apart:.2g} %: its own forward or a "
+            "hook does more, such as a normalisation. Do it in forward_features, or wrap the network in "
+            "fastadv.models.Normalized"
+        )
 
 
 def _channel_buffer(name: str, value: float | Sequence[float] | Tensor) -> Tensor:

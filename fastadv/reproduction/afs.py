@@ -5,9 +5,12 @@ from __future__ import annotations
 from fastadv.reproduction.measures import Accuracy, DeltaZMeasure, ImportanceMeasure, SizeMeasure
 from fastadv.reproduction.specs import RunSpec, spec, stack
 from fastadv.reproduction.tables import Column, Item, RowSpec
+from fastadv.trainers import MartRecipe
 
 _WRN = "wrn_28_10"
 _RADII = (3, 4, 5, 6, 7, 8)
+# The numbers of MART's code for WRNs. Its default recipe is for ResNet-18.
+_MART = {k: v for k, v in MartRecipe.presets["wrn"].items() if k != "code_constants"}
 _WEIGHTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _CLEAN, _PGD_20 = Column("Clean", Accuracy()), Column("PGD-20", Accuracy("pgd-20"))
 _ATTACKS = (
@@ -100,7 +103,7 @@ def _table_4() -> Item:
     rivals = (
         RowSpec("AT", _extractor(8)),
         RowSpec("TRADES", spec("trades", _WRN)),
-        RowSpec("MART", spec("mart", _WRN)),
+        RowSpec("MART", spec("mart", _WRN, **_MART)),
         RowSpec("FAT", spec("fat", _WRN)),
         RowSpec("Free", spec("free", _WRN)),
         RowSpec("Fast", spec("fast", _WRN)),

@@ -128,7 +128,7 @@ class ReproductionJob:
         count = integer("seeds", chosen.seeds if seeds is None else seeds, at_least=1)
         source = Source(data or chosen.data, root)
         store = RunStore(Path(out) / _RUNS, chosen, source, device, extra, quiet)
-        return cls(found, store, count)
+        return cls(found.on(source.name), store, count)
 
     def estimate(self) -> Estimate:
         """The time of the remaining work."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from fastadv.reproduction.specs import RunSpec
@@ -69,6 +69,7 @@ class Item:
         guess: the parts of the layout that are our guess; empty where the paper gives all of them.
         axes: names of the picture's axes.
         curve: whether a trade-off is drawn with a cubic through the methods.
+        rows_on: by data set the rows, where the paper has other rows for a data set.
     """
 
     paper: str
@@ -81,19 +82,28 @@ class Item:
     guess: str = ""
     axes: tuple[str, str] = ("", "Accuracy (%)")
     curve: bool = False
+    rows_on: Mapping[str, tuple[RowSpec, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for kind, labels in (
-            ("rows", [row.label for row in self.rows]),
+            *(
+                ("rows", [row.label for row in rows])
+                for rows in (self.rows, *self.rows_on.values())
+            ),
             ("columns", [column.label for column in self.columns]),
         ):
             if not labels or len(set(labels)) < len(labels):
                 raise ValueError(f"{kind} of {self.id} must be there, each once, got {labels}")
-        rows, columns = {row.label for row in self.rows}, {c.label for c in self.columns}
-        for values in self.published.values():
+        columns = {c.label for c in self.columns}
+        for data, values in self.published.items():
+            rows = {row.label for row in self.rows_on.get(data, self.rows)}
             for row, figures in values.items():
                 if row not in rows or not figures.keys() <= columns:
                     raise ValueError(f"published figures of {self.id} have no place: {row}")
+
+    def on(self, data: str) -> Item:
+        """The item with its rows on a data set."""
+        return replace(self, rows=self.rows_on.get(data, self.rows), rows_on={})
 
     @property
     def id(self) -> str:

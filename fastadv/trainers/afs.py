@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.models import Stack, copy_weights
+from fastadv.models.split import logits_of_halves
 from fastadv.models.stack import pooled_side_by_side
 from fastadv.ops import random_start
 from fastadv.trainers.adversarial import AdversarialMethod
@@ -111,6 +112,8 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
     def setup(self) -> None:
         """Freeze the extractors and build the attack."""
         self.stack.extractors.requires_grad_(False)
+        for number, extractor in enumerate(self.stack.extractors, 1):
+            self.halves[f"extractor_{number}"] = (extractor, logits_of_halves)
         self._compiled: Callable[[Tensor], list[Tensor]] | None = None
         super().setup()
         if self._clips_late:  # no image of the ball reaches these bounds, so PGD does not clip

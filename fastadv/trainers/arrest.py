@@ -15,9 +15,11 @@ from fastadv.engine.feature_tap import FeatureTap
 from fastadv.engine.frozen import frozen
 from fastadv.losses.common import at_least_float32
 from fastadv.models import check_feature_split, copy_weights
+from fastadv.models.split import logits_of_halves
 from fastadv.ops import noisy_replay, replay_mask
 from fastadv.trainers.adversarial import AdversarialMethod
 from fastadv.trainers.frozen_forward import features_of
+from fastadv.trainers.halves import are_maps
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch, accuracy
 from fastadv.trainers.number import Number
 from fastadv.trainers.recipe import AdversarialRecipe, Recipe, check_field
@@ -166,12 +168,15 @@ class Arrest(AdversarialMethod[ArrestRecipe, Replayed]):
 
     def training_loss(self, batch: TrainBatch, adv: Replayed) -> LossResult:
         """Return equation 4, with the recipe's distance, or the cross-entropy alone without distillation."""
-        features, logits = self.features_and_logits(adv.x)
+        if self.recipe.distill:
+            features, logits = self.features_and_logits(adv.x)
+        else:  # a network without the feature split will do
+            features, logits = None, self.model(adv.x)
         metrics = {"train_adv_accuracy": accuracy(logits, batch.y)}
         if adv.replayed is not None:
             metrics["replayed"] = adv.replayed
         loss = self.cross_entropy(logits, batch.y)
-        if not self.recipe.distill:
+        if features is None:
             return LossResult(batch.mean(loss), metrics)
         distance = self._distance(features, logits, adv)
         metrics["distance"] = distance.detach().mean()
@@ -188,6 +193,7 @@ class Arrest(AdversarialMethod[ArrestRecipe, Replayed]):
     def _teacher_pass(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the standard model's features, and its logits if they are distilled."""
         teacher = cast(Any, self.teachers["teacher"])
+        self.halves["teacher"] = (teacher, logits_of_halves)
         with self.runtime.phases("teacher"), torch.no_grad(), self.autocast():
             features = self.teacher_output("teacher", x, features_of)
             wanted = self.recipe.distill and self.recipe.distance in _DISTANCES_OF_LOGITS
@@ -204,10 +210,16 @@ class Arrest(AdversarialMethod[ArrestRecipe, Replayed]):
             apart = at_least_float32(logits) - at_least_float32(adv.teacher_logits)
             return apart.square().mean(1)
         assert adv.teacher_features is not None
+        if recipe.distance == "attention" and not are_maps(self.model, features):
+            raise ValueError(
+                "distance must be another than 'attention' for a model whose features are no maps [B, C, H, W], "
+                f"got {type(self.model).__name__} with features of shape {tuple(features.shape)}"
+            )
         return losses.feature_distance(features, adv.teacher_features, recipe.distance)
 
     def _drifting_features(self, x: Tensor) -> Tensor:
         """Return the model's features in evaluation mode, if possible from the engine that runs the attack."""
+        self.halves["model"] = (self.model, logits_of_halves)
         if self.runtime.autocast_dtype == torch.bfloat16 and self.recipe.attack_mode == "eval":
             with self.pgd.held(x.device):
                 found = self._tap.features(self.pgd.engine_for(x), self.model, x)

@@ -29,6 +29,7 @@ from fastadv.trainers.checkpoint import (
 )
 from fastadv.trainers.console import Console, epoch_line
 from fastadv.trainers.endings import TrainingInterrupted
+from fastadv.trainers.halves import check_halves
 from fastadv.trainers.iteration import Iteration
 from fastadv.trainers.logs import Meter, MetricsLog
 from fastadv.trainers.method import Method
@@ -180,6 +181,7 @@ class Loop:
             self.console.step_done()
             if progress.step == 1:
                 checked_state(self.method)  # long before the first checkpoint
+                check_halves(self.method.name, self.method.halves, batch.x)
             if progress.step % self.settings.log_every == 0:
                 self._log_window()
             if self.on_step is not None:

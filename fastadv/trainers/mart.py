@@ -24,13 +24,23 @@ _FAT = {
     "schedule": MultiStep((59, 89), 0.1),
     "code_constants": True,
 }
+# MART's script counts epochs from 1 and tests `epoch >= 75`; a third drop at 100 would come after its last epoch.
+_WRN = {
+    "epochs": 90,
+    "lr": 0.1,
+    "weight_decay": 7e-4,
+    "beta": 6.0,
+    "schedule": MultiStep((74, 89), 0.1),
+    "code_constants": True,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class MartRecipe(FriendlyPairRecipe):
-    """Numbers of the authors' code for ResNet-18; for WRN-34-10: lr .1, weight decay 7e-4, beta 6, 90 epochs.
+    """Numbers of the authors' code for ResNet-18.
 
-    The preset "official" adds the small constants of that code. `PairMethod` states the remaining
+    The preset "official" adds the small constants of that code. The preset "wrn" has the numbers of that code for
+    WRN-34-10, with the small constants. `PairMethod` states the remaining
     differences. The preset "fat" has the numbers of FAT for MART (Zhang et al. 2020,
     zjfheart/Friendly-Adversarial-Training), which uses the small constants, too. As in that script, a friendly
     attack's images go through the model before the clean ones.
@@ -48,7 +58,12 @@ class MartRecipe(FriendlyPairRecipe):
     code_constants: bool = False
     tau_epochs: tuple[int, ...] = (20, 40, 60, 80)
 
-    presets: ClassVar[Presets] = {"paper": {}, "official": {"code_constants": True}, "fat": _FAT}
+    presets: ClassVar[Presets] = {
+        "paper": {},
+        "official": {"code_constants": True},
+        "wrn": _WRN,
+        "fat": _FAT,
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

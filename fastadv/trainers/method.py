@@ -17,6 +17,7 @@ from fastadv.engine.compiled_parts import has_compiled_parts
 from fastadv.engine.training_convolution import TrainingConvolutions
 from fastadv.losses import cross_entropy
 from fastadv.losses.common import at_least_float32
+from fastadv.models.split import Halves, logits_of_halves
 from fastadv.ranks import Ranks
 from fastadv.seeding import derive_seed
 from fastadv.trainers.frozen_forward import FrozenForward, Output, logits_of
@@ -153,6 +154,7 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
             A class that defines another loss does not inherit this.
         takes_soft_labels: whether a method that supports "label_smoothing" can also be trained on mixed labels.
             Its attack and all other code that reads labels then accept soft labels.
+        halves: models whose halves the method has run, for `check_halves` after the first iteration.
     """
 
     name: ClassVar[str]
@@ -196,6 +198,7 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
                 f"mixup must be 0 for {self.name}, whose loss takes no soft labels, got {recipe.mixup}"
             )
         self._split_pass = _features_and_logits
+        self.halves: dict[str, tuple[nn.Module, Halves]] = {}
         self._frozen: dict[tuple[str, Output], FrozenForward] = {}
         fast = runtime.device.type == "cpu" and runtime.autocast_dtype == torch.bfloat16
         fast = fast and not has_compiled_parts(model)
@@ -350,6 +353,7 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
 
     def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Run the trained model once, and return the map before pooling [B, C, H, W] and the logits [B, K]."""
+        self.halves["model"] = (self.model, logits_of_halves)
         return self._split_pass(self.model, x)
 
 

@@ -12,9 +12,11 @@ from fastadv.attacks import PGD
 from fastadv.data import ImageData, Loader
 from fastadv.engine.frozen import frozen
 from fastadv.models import check_feature_split
+from fastadv.models.split import logits_of_halves
 from fastadv.ops import angular_distance
 from fastadv.ranks import Ranks
 from fastadv.seeding import derive_seed
+from fastadv.trainers.halves import check_halves
 from fastadv.trainers.method import Runtime
 from fastadv.trainers.recipe import AdversarialRecipe, Recipe
 
@@ -145,11 +147,17 @@ def _distances(model: nn.Module, teacher: nn.Module, x: Tensor) -> Tensor:
 def _are_comparable(
     model: nn.Module, teacher: nn.Module, data: ImageData, device: torch.device
 ) -> bool:
-    """Whether both models can be cut before their pooling and have features of the same shape."""
+    """Whether both models can be cut before their pooling, and have features of the same shape."""
     try:
         check_feature_split(model)
         check_feature_split(teacher)
-        _distances(model, teacher, data.images[:1].to(device).float() / 255)
+        x = data.images[:2].to(device).float() / 255
+        _distances(model, teacher, x)
+        check_halves(
+            "the drift",
+            {"model": (model, logits_of_halves), "teacher": (teacher, logits_of_halves)},
+            x,
+        )
     except (TypeError, ValueError):
         return False
     return True

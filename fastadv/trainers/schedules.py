@@ -163,6 +163,10 @@ class Interpolated(Schedule):
         share = (epoch - left) / (right - left)
         return (1 - share) * self.factors[after - 1] + share * self.factors[after]
 
+    def scaled(self, epochs: int, to: int) -> Interpolated:
+        """Return the schedule of a run of another length."""
+        return replace(self, epochs=tuple(_in_proportion(one, epochs, to) for one in self.epochs))
+
 
 @dataclass(frozen=True)
 class Cosine(Schedule):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from fastadv.losses.common import at_least_float32
 from fastadv.models import check_feature_split
 from fastadv.ops.philox import philox
 from fastadv.trainers.adversarial import AdversarialMethod
+from fastadv.trainers.halves import are_maps
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch
 from fastadv.trainers.number import Number
 from fastadv.trainers.pair import pair_metrics
@@ -92,7 +93,7 @@ class Tla(AdversarialMethod[TlaRecipe, Attacked]):
         """Return the cross-entropy of the attacked images and the triplet losses."""
         clean_maps, clean_logits = self.features_and_logits(batch.x)
         adv_maps, adv_logits = self.features_and_logits(adv.x)
-        clean, anchors = _pooled(clean_maps), _pooled(adv_maps)
+        clean, anchors = _pooled(self.model, clean_maps), _pooled(self.model, adv_maps)
         triplets = torch.zeros_like(anchors[:, 0])
         negatives, found = nearest_of_other_classes(anchors, clean, batch.y)
         for positives in self._positives(clean, batch):
@@ -116,8 +117,18 @@ class Tla(AdversarialMethod[TlaRecipe, Attacked]):
         return hinge + recipe.norm_weight * (a.square() + p.square() + n.square()).mean(1)
 
 
-def _pooled(maps: Tensor) -> Tensor:
-    return at_least_float32(maps).flatten(2).mean(2)
+def _pooled(model: Any, features: Tensor) -> Tensor:
+    """Return the vectors [B, d] that the model pools from its features."""
+    if are_maps(model, features):
+        return at_least_float32(features).flatten(2).mean(2)
+    try:  # of tokens, or maps whose channels come last, only the model knows the pooling
+        pooled = model.forward_head(features, pre_logits=True)
+    except TypeError as error:
+        raise TypeError(
+            f"model must have forward_head(features, pre_logits=True) for tla where its features are no maps "
+            f"[B, C, H, W], got {type(model).__name__} with features of shape {tuple(features.shape)}"
+        ) from error
+    return at_least_float32(pooled)
 
 
 def _distance(u: Tensor, v: Tensor) -> Tensor:

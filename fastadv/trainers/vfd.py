@@ -60,6 +60,10 @@ def _layer_of(model: nn.Module, x: Tensor, layer: str) -> Tensor:
     return layer_output(model, layer, x)
 
 
+def _logits_beyond(model: nn.Module, x: Tensor, layer: str) -> Tensor:
+    return layer_and_logits(model, layer, x)[1]
+
+
 _Loss: TypeAlias = Callable[..., Tensor]
 # For each base the loss L_clean + beta L_adv, a function of clean logits, adversarial logits, labels and beta; and
 # the base's own recipe.
@@ -205,6 +209,9 @@ class Vfd(PairMethod[VfdRecipe]):
         check_layer(self.teachers["teacher"], self.recipe.layer, "teacher")
         self._layer_pass = layer_and_logits
         self._vanilla_layer = partial(_layer_of, layer=self.recipe.layer)
+        halves = partial(_logits_beyond, layer=self.recipe.layer)
+        for role, model in (("model", self.model), ("teacher", self.teachers["teacher"])):
+            self.halves[role] = (model, halves)
 
     def compile(self, mode: str | None = None) -> None:
         """Run the passes of the trained model through torch.compile."""

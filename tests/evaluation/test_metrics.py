@@ -19,6 +19,8 @@ from fastadv.evaluation import (
     trade_off_sum,
     wilson_interval,
 )
+from fastadv.evaluation.analyses.analysis import pooled_features
+from fastadv.models import Normalized, SmallCNN
 
 # Clean, AutoAttack and ARDist in percent, from the ARREST paper.
 CIFAR10 = {
@@ -163,3 +165,24 @@ def test_cosine_similarity_says_what_is_missing():
         cosine_similarity_to(Features(torch.ones(9, 4)), nn.Flatten(), data)
     with pytest.raises(ValueError, match="one shape"):
         cosine_similarity_to(Features(torch.ones(9, 4)), Features(torch.ones(9, 8)), data)
+
+
+def test_features_without_a_part_of_the_forward_are_refused():
+    class Brightened(SmallCNN):  # its own forward normalises the images, which its halves do not
+        def forward(self, x):
+            return super().forward(2 * x - 1)
+
+    torch.manual_seed(0)
+    hidden, plain = Brightened(num_classes=4, in_channels=1).eval(), SmallCNN(4, 1).eval()
+    whole = Normalized(plain, 0.5, 0.5).eval()
+    images, labels = torch.rand(6, 1, 8, 8), torch.zeros(6, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"^teacher must compute .* a Brightened whose logits"):
+        cosine_similarity_to(whole, hidden, (images, labels))
+    with pytest.raises(
+        ValueError, match=r"^model must compute .* which the cosine similarity runs"
+    ):
+        cosine_similarity_to(hidden, plain, (images, labels))
+    with pytest.raises(ValueError, match=r"^model must compute .* which the analysis runs"):
+        pooled_features(hidden, images)
+    assert cosine_similarity_to(whole, whole, (images, labels)) == pytest.approx(1)
+    assert pooled_features(whole, images).shape == (6, 64)

@@ -13,7 +13,15 @@ from reproduction_helpers import CLEAN, is_true, lines_of, small_item
 
 from fastadv.cli.program import main
 from fastadv.evaluation.metrics import ARREST_CIFAR10_POINTS
-from fastadv.reproduction import Item, RowSpec, all_items, find_item, find_scale, reproduce
+from fastadv.reproduction import (
+    Item,
+    ReproductionJob,
+    RowSpec,
+    all_items,
+    find_item,
+    find_scale,
+    reproduce,
+)
 from fastadv.reproduction.cost import attack_passes, passes_of
 from fastadv.reproduction.scales import TINY
 from fastadv.reproduction.specs import CannotRun, RunSpec, resolve, spec, stack
@@ -174,3 +182,32 @@ def test_an_item_has_each_row_once_and_a_place_for_each_figure() -> None:
         small_item(row, row)
     with pytest.raises(ValueError, match="have no place: ST"):
         Item("arrest", "t", "t", (row,), (CLEAN,), published={"cifar10": {"ST": {"Clean": 1.0}}})
+
+
+def test_arrest_has_the_angles_of_its_data_set() -> None:
+    angles = {"cifar10": (30.0, 37.5, 45.0), "cifar100": (30.0, 32.5, 35.0)}
+    for name in ("table5", "figure1", "figure3", "figure4"):
+        for data, phis in {**angles, "digits": angles["cifar10"]}.items():
+            rows = find_item(f"arrest/{name}").on(data).rows
+            runs = [dict(row.run.changes) for row in rows if row.run.method == "arrest"]
+            assert {numbers["phi"] for numbers in runs} == set(phis)
+            for row, phi in zip((r for r in rows if "phi" in r.label), phis * 2, strict=False):
+                assert row.label.endswith(f"phi = {phi:g}") and ("phi", phi) in row.run.changes
+
+
+def test_a_job_has_the_rows_of_its_data_set(tmp_path: Path) -> None:
+    for data, last in (("cifar100", "phi = 35"), ("cifar10", "phi = 45")):
+        job = ReproductionJob.of("arrest/table5", tmp_path, data, str(tmp_path))
+        assert [row.label for row in job.item.rows][-1] == last
+
+
+def test_mart_on_a_wide_network_has_the_numbers_for_it() -> None:
+    (row,) = (row for row in find_item("afs/table4").rows if row.label == "MART")
+    numbers = vars(resolve(row.run, find_scale("paper"), "cifar10", 0).recipe)
+    assert {name: numbers[name] for name in ("epochs", "lr", "weight_decay", "beta")} == {
+        "epochs": 90,
+        "lr": 0.1,
+        "weight_decay": 7e-4,
+        "beta": 6.0,
+    }
+    assert numbers["schedule"].milestones == (74, 89) and not numbers["code_constants"]

@@ -17,6 +17,7 @@ from fastadv.trainers import (
     EpochOneCycle,
     FastRecipe,
     HatRecipe,
+    MartRecipe,
     MultiStep,
     OneCycle,
     Recipe,
@@ -67,6 +68,13 @@ def test_every_epoch_has_the_rate_of_the_authors_script(name: str) -> None:
     if name != "free":  # within an epoch nothing changes
         ends = [recipe.lr_at(epoch + 389 / 390) for epoch in range(recipe.epochs)]
         assert ends == rates
+
+
+def test_mart_has_the_rates_of_its_script_for_wide_networks() -> None:
+    recipe = MartRecipe.preset("wrn")
+    rates = [recipe.lr_at(epoch) for epoch in range(recipe.epochs)]
+    assert rates == pytest.approx(spelled_out([(74, 0.1), (15, 0.01), (1, 0.001)]), rel=1e-12)
+    assert (recipe.weight_decay, recipe.beta, recipe.code_constants) == (7e-4, 6.0, True)
 
 
 def test_every_official_preset_is_held_against_its_script() -> None:

@@ -9,16 +9,23 @@ import numpy as np
 import pytest
 from test_recipe_starts import printed
 
+from fastadv import trainers
 from fastadv.trainers import (
     ActRecipe,
     AdversarialRecipe,
     ArrestRecipe,
     Constant,
     Cosine,
+    Cyclic,
+    EpochCosine,
+    EpochOneCycle,
+    Interpolated,
     LbgatRecipe,
     MultiStep,
+    OneCycle,
     Piecewise,
     Recipe,
+    Schedule,
     Step,
     VfdRecipe,
     find_method,
@@ -26,19 +33,53 @@ from fastadv.trainers import (
 )
 from fastadv.trainers.announcement import _schedule_line
 
+PRESETS = [
+    (name, preset) for name in method_names() for preset in find_method(name).recipe_class.presets
+]
 
-@pytest.mark.parametrize("name", method_names())
+
+@pytest.mark.parametrize(("name", "preset"), PRESETS)
 @pytest.mark.parametrize("times", [0.5, 3])
 def test_a_run_of_another_length_has_the_same_rates_at_the_same_parts(
-    name: str, times: float
+    name: str, preset: str, times: float
 ) -> None:
     kind = find_method(name).recipe_class
-    own = kind()
-    other = kind(epochs=int(own.epochs * times))
+    own = kind.preset(preset)
+    if isinstance(own.schedule, EpochCosine | EpochOneCycle):
+        pytest.skip("the rate is constant in an epoch, and the epochs are other parts of the run")
+    other = kind.preset(preset, epochs=int(own.epochs * times))
     ratio = other.epochs / own.epochs
     for part in range(1000):
         place = own.epochs * (part + 0.5) / 1000
         assert other.lr_at(place * ratio) == pytest.approx(own.lr_at(place), rel=1e-9)
+
+
+def test_every_schedule_with_places_in_epochs_is_scaled() -> None:
+    schedules: list[Schedule] = [
+        Step(30, 0.5),
+        MultiStep((75, 90), 0.1),
+        Piecewise((0, 1, 75), (0.2, 1.0, 0.1)),
+        Interpolated((0, 1, 12.5, 100), (0.0, 1.0, 0.1, 0.0)),
+        Constant(),
+        Cosine(0.1),
+        EpochCosine(0.1),
+        Cyclic(0.5),
+        OneCycle(0.3),
+        EpochOneCycle(0.3),
+    ]
+    classes = {one for one in vars(trainers).values() if isinstance(one, type)}
+    names = {one.__name__ for one in classes if issubclass(one, Schedule)} - {"Schedule"}
+    assert {type(one).__name__ for one in schedules} == names
+    for one in schedules:
+        for to in (10, 300):
+            scaled = one.scaled(100, to)
+            if "Epoch" in type(one).__name__:  # its rate changes only when an epoch begins
+                assert scaled == one
+                continue
+            for part in range(200):
+                place = (part + 0.5) / 200
+                expected = one.factor(place * 100, 100)
+                assert scaled.factor(place * to, to) == pytest.approx(expected, rel=1e-9)
 
 
 def test_places_in_epochs_are_whole_where_they_can_be() -> None:
