@@ -37,8 +37,8 @@ def check_source(name: str, root: str | Path | None) -> None:
     if name.startswith("hf:") or name.endswith(".npz"):
         raise ValueError(
             f"data must be one of {', '.join(dataset_names())} or folder:PATH for training, got {name!r}: fastadv "
-            "eval alone takes .npz files and Hugging Face's data sets. From Python, fastadv.trainers.train takes any "
-            "Dataset as StreamedData"
+            "eval alone takes .npz files and Hugging Face's data sets. From Python, fastadv.trainers.train takes "
+            "any Dataset as StreamedData"
         )
     check_choice("data", name, dataset_names())
     if root is not None and name not in _FROM_FILES:

@@ -284,7 +284,7 @@ class Summary:
             *("weights", "device", "versions", "command"),
         )
         notes = (
-            "Multiply-adds are those of convolutions and matrix products in one pass of one image.",
+            "Multiply-adds are counted in the convolutions and matrix products of one pass of one image.",
             "Weights are named by the start of their SHA-256.",
         )
         return Table("Where the numbers are from", heading, tuple(dict.fromkeys(rows)), notes)
