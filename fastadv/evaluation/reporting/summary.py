@@ -230,9 +230,11 @@ class Summary:
             *("broken", "search", "by float32 steps", "seconds"),
         )
         notes = (
-            "Each stage gets the images that those before it have left; broken counts those that it took.",
+            "Each stage gets the images that the stages before it have left. Broken counts the images that the "
+            "stage broke.",
             "bf16, fp16 and fp32 are searches on the engine, confirmed by the plain model in float32; "
-            "reference is pyautoattack. By float32 steps are images that only steps after that search broke.",
+            "reference is pyautoattack. By float32 steps counts the images that only the steps after the search "
+            "broke.",
         )
         return Table("AutoAttack, stage by stage", heading, tuple(rows), notes)
 
