@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -149,7 +150,7 @@ def summary(rows: Mapping[str, Row]) -> str:
         for name, ratio in sorted(ratios.items(), key=lambda pair: pair[1])
         if ratio < LEAST
     ]
-    middle = sorted(ratios.values())[len(ratios) // 2]
+    middle = median(ratios.values())
     text = f"{len(ratios)} networks, ratio {min(ratios.values()):.2f} to {max(ratios.values()):.2f}"
     return (
         f"{text}, median {middle:.2f}; below {LEAST}: {', '.join(slow) if slow else 'no network'}"

@@ -59,6 +59,20 @@ def _escape_docstring(app, what, name, obj, options, lines: list[str]) -> None:
     lines[:] = "".join(parts).split("\n")
 
 
+def _fraction(number: str) -> str:
+    """8 / 255 for .03137..., and any other number as it is."""
+    count = float(number) * 255
+    return f"{round(count)} / 255" if abs(count - round(count)) < 1e-9 else number
+
+
+def _short_signature(app, what, name, obj, options, signature, returns) -> tuple[str, str] | None:
+    """The fractions of settings, which autodoc finds in a dataclass as numbers."""
+    if signature is None:
+        return None
+    return re.sub(r"\b0\.\d{10,}\b", lambda found: _fraction(found[0]), signature), returns
+
+
 def setup(app) -> None:
-    """Escape docstrings before napoleon reads them."""
+    """Escape docstrings before napoleon reads them, and shorten numbers in signatures."""
     app.connect("autodoc-process-docstring", _escape_docstring, priority=100)
+    app.connect("autodoc-process-signature", _short_signature)

@@ -95,7 +95,7 @@ def render(facts: dict[str, Any], ops: bool = False) -> str:
         *versions.items(),
         ("extras", ", ".join(there) or "none installed"),
         *([("not installed", ", ".join(lacking))] if lacking else []),
-        ("processor", f"{cpu['name']}, {cpu['threads']} threads"),
+        ("processor", f"{cpu['name']}, {_threads(cpu['threads'])}"),
         *([("SIMD level", native["simd"])] if built else []),
         ("own convolution", _own_convolution(cpu)),
         ("GPUs", ", ".join(gpus) or "none that torch can use"),
@@ -107,6 +107,10 @@ def render(facts: dict[str, Any], ops: bool = False) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     return "\n".join([*lines, "", *_op_table(facts["ops"])] if ops else lines)
+
+
+def _threads(number: int) -> str:
+    return "1 thread" if number == 1 else f"{number} threads"
 
 
 def _own_convolution(cpu: dict[str, Any]) -> str:

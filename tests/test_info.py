@@ -108,3 +108,10 @@ def test_extras_are_told_by_whether_they_are_installed(monkeypatch: pytest.Monke
     assert "matplotlib 9.8.7" in lines["extras"] and "wandb" not in lines["extras"]
     assert lines["not installed"] == "timm (timm: models), wandb (train --log wandb)"
     assert lines["triton"] == "not installed" and lines["numpy"] == "9.8.7"
+
+
+@pytest.mark.parametrize(("number", "words"), [(1, "1 thread"), (2, "2 threads")])
+def test_the_threads_are_counted_in_english(number: int, words: str) -> None:
+    facts = info.collect()
+    facts["cpu"]["threads"] = number
+    assert re.search(rf"^processor .*, {words}$", info.render(facts), re.MULTILINE)

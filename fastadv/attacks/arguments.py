@@ -140,8 +140,15 @@ def check_images(x: Tensor, bounds: Bounds) -> None:
     if not (lowest <= found[0] and found[1] <= highest):  # also where one of them is NaN
         raise ValueError(
             f"x must be finite and within bounds {tuple(bounds)}, got values from {found[0]:.9g} to "
-            f"{found[1]:.9g}; normalisation belongs inside the model"
+            f"{found[1]:.9g}; {_remedy(*found, highest)}"
         )
+
+
+def _remedy(low: float, high: float, bound: float) -> str:
+    """What may be wrong with images whose values go from ``low`` to ``high``, beyond the upper ``bound``."""
+    if bound == 1 and low >= 0 and 2 < high <= 255:
+        return "images of 0..255 must be divided by 255"
+    return "normalisation belongs inside the model"
 
 
 def _check_within(x: Tensor, bounds: Bounds) -> None:

@@ -105,14 +105,14 @@ def warn_of_gradients(report: AttackReport, settings: AttackSettings) -> None:
         getattr(settings, "loss", None) in _FOLLOWED_PAST_SUCCESS and not settings.targeted
     )
     if report.nan_gradients:
-        what = f"NaN or infinite in {report.nan_gradients} of {report.elements} elements"
+        state = f"NaN or infinite in {report.nan_gradients} of {report.elements} elements"
     elif expects_gradient and report.elements and report.zero_gradient_share == 1:
-        what = "zero everywhere"
+        state = "zero everywhere"
     else:
         return
     warnings.warn(
-        f"the model's gradient in x is {what}, where the attack has no direction, so that what it finds may say "
-        "nothing of the model; fastadv.Square needs no gradient",
+        f"the model's gradient in x is {state}. There the attack has no direction, so it may break too few "
+        "images; fastadv.Square needs no gradient",
         stacklevel=5,
     )
 
@@ -146,7 +146,7 @@ def warn_of_probabilities(results: Tensor | None, settings: AttackSettings) -> N
     of_logits = isinstance(getattr(settings, "loss", "cw"), str)
     if of_logits and results is not None and are_probabilities(results):
         warnings.warn(
-            "the model returns probabilities, of which the losses of logits have other, smaller gradients, so "
-            "that the attack finds too little; leave its softmax out, or return the logarithm",
+            "the model returns probabilities. The losses expect logits and have other, smaller gradients in "
+            "probabilities, so the attack finds too little; leave out the softmax, or return its logarithm",
             stacklevel=5,
         )

@@ -56,6 +56,8 @@ class CW(PGD):
     libraries call the attack of the paper CW: ``CW(model, c, kappa, steps, lr)``. These arguments are refused
     here.
 
+    Source of the margin: Carlini and Wagner, "Towards evaluating the robustness of neural networks", S&P 2017, f6.
+
     Args:
         model: as in `fastadv.PGD`.
         eps: as in `fastadv.PGD`.

@@ -86,6 +86,9 @@ class FAB(Attack):
     were. The results lie close to the boundary that the attack saw. Leave it at full precision unless you do not
     mind that a float32 model gets some of them right.
 
+    Source: Croce and Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", ICML
+    2020, algorithm 1.
+
     Args:
         model: as in `fastadv.PGD`.
         eps: radius of the ball, in the units of the images.

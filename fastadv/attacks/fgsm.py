@@ -39,6 +39,8 @@ class FGSMSettings(PGDSettings):
 class FGSM(PGD):
     """``clip(x + eps * sign(grad), bounds)``: PGD's first step, with alpha = eps and no random start.
 
+    Source: Goodfellow et al., "Explaining and harnessing adversarial examples", ICLR 2015.
+
     Args:
         model: as in `fastadv.PGD`.
         eps: radius of the ball and size of the step, in the units of the images.

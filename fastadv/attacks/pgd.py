@@ -34,6 +34,8 @@ class PGD(Attack):
     weights at every call. Between calls the model may be trained, moved or changed in structure. ``last``
     describes the last call.
 
+    Source: Madry et al., "Towards deep learning models resistant to adversarial attacks", ICLR 2018, section 2.1.
+
     Args:
         model: a module, or any callable, from images [B, ...] to logits [B, C]; normalisation of the
             images belongs inside it.

@@ -116,11 +116,7 @@ def images_named(data: str, root: str | None, reading: Reading) -> Images:
         return load_npz(data)
     if data not in dataset_names():
         kinds = f"{', '.join(dataset_names())}, a .npz file, folder:PATH or hf:NAME"
-        is_folder = Path(data).is_dir()
-        hint = (
-            f"; did you mean 'folder:{data}'?" if is_folder else did_you_mean(data, dataset_names())
-        )
-        raise ValueError(f"data must be {kinds}, got {data!r}{hint}")
+        raise ValueError(f"data must be {kinds}, got {data!r}{_meant(data)}")
     check_source(data, root)
     return load_test_images(data, root)
 
@@ -138,8 +134,12 @@ def check_training_images(data: str, root: str | None) -> None:
     """
     if data.startswith(FOLDER):
         check_no_root(data, root)
-    else:
-        check_source(data, root)
+        return
+    if _is_named(data) and data not in dataset_names():
+        raise ValueError(
+            f"data must be one of {', '.join(dataset_names())}, or folder:PATH, got {data!r}{_meant(data)}"
+        )
+    check_source(data, root)
 
 
 def check_no_root(data: str, root: str | None) -> None:
@@ -150,6 +150,13 @@ def check_no_root(data: str, root: str | None) -> None:
     """
     if root is not None:
         raise ValueError(f"root must be left out with {data}, got {root!r}")
+
+
+def _meant(data: str) -> str:
+    """What an unknown name of data may stand for, for a message."""
+    if Path(data).is_dir():
+        return f"; did you mean 'folder:{data}'?"
+    return did_you_mean(data, dataset_names())
 
 
 def _is_named(data: str) -> bool:

@@ -37,8 +37,8 @@ def check_source(name: str, root: str | Path | None) -> None:
     if name.startswith("hf:") or name.endswith(".npz"):
         raise ValueError(
             f"data must be one of {', '.join(dataset_names())} or folder:PATH for training, got {name!r}: fastadv "
-            "eval alone takes .npz files and Hugging Face's data sets. From Python, fastadv.train takes any "
-            "Dataset as StreamedData"
+            "eval alone takes .npz files and Hugging Face's data sets. From Python, fastadv.trainers.train takes "
+            "any Dataset as StreamedData"
         )
     check_choice("data", name, dataset_names())
     if root is not None and name not in _FROM_FILES:
@@ -83,6 +83,6 @@ def _files(name: str, root: str | Path | None) -> tuple[CifarLayout, str | Path]
     if root is None:
         raise ValueError(
             f"root must be the folder that holds the files of {name}, got None: --root DATA on the command line. "
-            + _FROM_FILES[name].origin
+            f"`fastadv data {name} --root DATA --download` fetches them. {_FROM_FILES[name].origin}"
         )
     return _FROM_FILES[name], root

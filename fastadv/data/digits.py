@@ -23,6 +23,9 @@ def load_digits() -> Splits:
     Pixels 0..16 become round(value * 255 / 16). The split is fixed: 500 test images, 50 of each
     class, and 1,297 for training.
 
+    Returns:
+        Training and test images, uint8 [N, 1, 8, 8], and their labels.
+
     Raises:
         ImportError: if scikit-learn is not installed.
     """

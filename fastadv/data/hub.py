@@ -145,6 +145,9 @@ def load_hub(name: str, **preprocessing: Any) -> HubImages:
             ``load_dataset`` reads. The default split is test, or else validation.
         preprocessing: resize, crop, interpolation and workers, as `HubImages` takes them.
 
+    Returns:
+        The pictures of the split, which are decoded when they are read.
+
     Raises:
         ImportError: if `datasets` or Pillow is not installed.
         FileNotFoundError: if the data set cannot be read.

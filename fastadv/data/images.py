@@ -227,6 +227,9 @@ def from_dataset(
         num_classes: number of classes; by default the largest label + 1.
         name: the name in messages; by default the dataset's class.
 
+    Returns:
+        The images as uint8 [N, C, H, W], and their labels [N].
+
     Raises:
         ValueError: if the dataset is empty, its images differ in shape, or a label is no class index.
         TypeError: for items of another kind.

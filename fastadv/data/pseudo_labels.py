@@ -24,6 +24,9 @@ def load_extra(path: str | os.PathLike[str], num_classes: int | None = None) -> 
         path: a file for `load_pseudo_labels` if it ends in .pickle or .pkl, else one for `load_npz`.
         num_classes: number of classes; by default the largest label + 1.
 
+    Returns:
+        The images as uint8 [N, C, H, W], and their labels [N].
+
     Raises:
         FileNotFoundError: if there is no such file.
         DataFormatError: if it is of another form; the message names the file and the reason.

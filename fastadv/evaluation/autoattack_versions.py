@@ -38,7 +38,9 @@ def check_version(version: str | Sequence[str]) -> tuple[str, ...]:
     for attack in attacks:
         check_choice("version", attack, tuple(FEWEST_CLASSES))
     if not attacks or len(set(attacks)) < len(attacks):
-        raise ValueError(f"version must name at least one attack and none twice, got {attacks}")
+        raise ValueError(
+            f"version must name at least one attack and no attack twice, got {attacks}"
+        )
     return attacks
 
 

@@ -25,6 +25,9 @@ def multiply_adds(model: nn.Module, shape: Sequence[int]) -> int:
         model: the network; the pass is in evaluation mode.
         shape: shape of one image, [C, H, W].
 
+    Returns:
+        The number of multiplications.
+
     Raises:
         TypeError: if the model is not a module, or the shape is not a sequence of integers.
         ValueError: if the shape has not three axes, or a length below 1.

@@ -136,6 +136,9 @@ def fit_cubic(points: Iterable[tuple[float, float]]) -> Cubic:
     Args:
         points: at least four pairs with different clean accuracies, in percent.
 
+    Returns:
+        The curve, which `ardist` takes.
+
     Raises:
         ValueError: for fewer than four different clean accuracies, or numbers that are not finite.
     """

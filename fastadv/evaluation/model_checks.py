@@ -24,8 +24,8 @@ from fastadv.evaluation.verify import logits_of
 from fastadv.seeding import derive_seed
 
 PROBABILITIES = (
-    "the model returns probabilities, of which the losses of logits have other, smaller gradients, so that this "
-    "attack finds too little; leave its softmax out, or return the logarithm"
+    "the model returns probabilities. The losses expect logits and have other, smaller gradients in "
+    "probabilities, so this attack finds too little; leave out the softmax, or return its logarithm"
 )
 _RANDOM = (
     "the model draws random numbers, and each attack meets other ones than the final check; run AutoAttack with "

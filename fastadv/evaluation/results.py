@@ -205,6 +205,9 @@ def load_results(path: str | os.PathLike[str]) -> list[Result]:
     Args:
         path: a file of results, or the report of one evaluation as JSON, which earlier versions wrote.
 
+    Returns:
+        The results, one for each attack and setting.
+
     Raises:
         FileNotFoundError: when there is no such file.
         ValueError: when it is damaged or something else; the message names the file.

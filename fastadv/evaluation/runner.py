@@ -255,7 +255,7 @@ class Runner:
         """Refuse an attack after which the model computes something else; None if that cannot be compared."""
         if before is not None and not are_alike(before, probe_logits(self.source, self.samples)):
             raise RuntimeError(
-                f"attack {attack.name!r} changed what the model computes, such as by a hook that it left"
+                f"attack {attack.name!r} changed the results of the model, such as by a hook that it left"
             )
 
     def predicted(self, x: Tensor, purpose: str, indices: Tensor) -> Tensor:

@@ -149,7 +149,9 @@ def _holds_tensors(data: Any) -> bool:
 def _restricted(samples: Samples, bounds: tuple[float, float], max_examples: int | None) -> Samples:
     """The samples within other bounds (uint8 images only), or fewer of them."""
     if bounds != samples.bounds and samples.source.dtype != torch.uint8:
-        raise ValueError(f"bounds must be those of the samples, {samples.bounds}, got {bounds}")
+        raise ValueError(
+            f"bounds must be the bounds of the samples, {samples.bounds}, got {bounds}"
+        )
     samples = replace(samples, bounds=bounds)
     if max_examples is None or max_examples >= len(samples):
         return samples
@@ -205,7 +207,7 @@ def _unpack(data: Any) -> tuple[Tensor, Tensor, str]:
 
 
 def refusal(data: object) -> TypeError:
-    """The error of data of a kind that is not accepted, which says what to do with them."""
+    """The error of data of a kind that is not accepted, which says how to give them."""
     hint = ""
     if isinstance(data, IterableDataset):
         hint = "; put it into a DataLoader"

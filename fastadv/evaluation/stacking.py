@@ -65,6 +65,9 @@ def delta_z(
         device: as for ``evaluate``.
         seed: seed of the random start.
 
+    Returns:
+        Delta z of each extractor, by its radius, and whether it is concave.
+
     Raises:
         ValueError: for fewer than three extractors, or numbers out of range.
     """

@@ -192,7 +192,7 @@ def _check_models(models: Mapping[str, Model]) -> None:
 def _guessing(names: Iterable[str], clean: Sequence[Tensor], classes: int) -> list[str]:
     """The notes about models that seem to guess, by whether each image is classified correctly, [N] bool."""
     return [
-        f"{name} seems to guess, so that what is made on it says nothing of the others"
+        f"{name} seems to guess, so the images that are made on it say nothing about the other models"
         for name, right in zip(names, clean, strict=True)
         if seems_to_guess(int(right.sum()), len(right), classes)
     ]

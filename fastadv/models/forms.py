@@ -98,6 +98,9 @@ def in_form(model: nn.Module, form: str) -> nn.Module:
         model: the model, possibly inside `Normalized`.
         form: the name of the other form, a key of `forms_of`.
 
+    Returns:
+        The network, with random weights.
+
     Raises:
         ValueError: if the model has one form only, or not this one.
     """

@@ -134,6 +134,9 @@ def resnet50(num_classes: int = 1000, in_channels: int = 3) -> ImageNetResNet:
     Args:
         num_classes: number of logits.
         in_channels: number of channels of an image.
+
+    Returns:
+        The network with random weights, from images [B, in_channels, H, W] to logits [B, num_classes].
     """
     return ImageNetResNet(BottleneckBlock, (3, 4, 6, 3), num_classes, in_channels)
 
@@ -144,5 +147,8 @@ def resnet18_imagenet(num_classes: int = 1000, in_channels: int = 3) -> ImageNet
     Args:
         num_classes: number of logits.
         in_channels: number of channels of an image.
+
+    Returns:
+        The network with random weights, from images [B, in_channels, H, W] to logits [B, num_classes].
     """
     return ImageNetResNet(PlainBlock, (2, 2, 2, 2), num_classes, in_channels)

@@ -144,5 +144,8 @@ def preact_resnet18(
         in_channels: number of channels of an image.
         final_norm: as in `PreActResNet`.
         raw_shortcut: as in `PreActResNet`.
+
+    Returns:
+        The network with random weights, from images [B, in_channels, H, W] to logits [B, num_classes].
     """
     return PreActResNet((2, 2, 2, 2), num_classes, in_channels, final_norm, raw_shortcut)

@@ -119,5 +119,8 @@ def resnet18(num_classes: int = 10, in_channels: int = 3, layer2_stride: int = 2
         num_classes: number of logits.
         in_channels: number of channels of an image.
         layer2_stride: stride of the second stage, as in `ResNet`.
+
+    Returns:
+        The network with random weights, from images [B, in_channels, H, W] to logits [B, num_classes].
     """
     return ResNet((2, 2, 2, 2), num_classes, in_channels, layer2_stride)

@@ -64,5 +64,8 @@ def small_cnn(num_classes: int = 10, in_channels: int = 1) -> SmallCNN:
     Args:
         num_classes: number of logits.
         in_channels: number of channels of an image.
+
+    Returns:
+        The network with random weights, from images [B, in_channels, H, W] to logits [B, num_classes].
     """
     return SmallCNN(num_classes, in_channels)

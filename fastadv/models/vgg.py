@@ -78,5 +78,8 @@ def vgg16_bn(num_classes: int = 10, in_channels: int = 3) -> VGG:
     Args:
         num_classes: number of logits.
         in_channels: number of channels of an image.
+
+    Returns:
+        The network with random weights, from images [B, in_channels, H, W] to logits [B, num_classes].
     """
     return VGG(VGG16_STAGES, num_classes, in_channels)

@@ -129,6 +129,9 @@ def wrn_28_10(num_classes: int = 10, in_channels: int = 3, dropout: float = 0.0)
         num_classes: number of logits.
         in_channels: number of channels of an image.
         dropout: rate of dropout inside the blocks.
+
+    Returns:
+        The network with random weights, from images [B, in_channels, H, W] to logits [B, num_classes].
     """
     return WideResNet(28, 10, num_classes, in_channels, dropout)
 
@@ -140,5 +143,8 @@ def wrn_34_10(num_classes: int = 10, in_channels: int = 3, dropout: float = 0.0)
         num_classes: number of logits.
         in_channels: number of channels of an image.
         dropout: rate of dropout inside the blocks.
+
+    Returns:
+        The network with random weights, from images [B, in_channels, H, W] to logits [B, num_classes].
     """
     return WideResNet(34, 10, num_classes, in_channels, dropout)

@@ -54,6 +54,9 @@ def parse_grid(words: Sequence[str]) -> Grid:
             8/255, a word, a list in brackets, or a range `FIRST:LAST:STEP` with both ends, whose STEP is 1 where
             it is left out. `seeds=N` is for the seeds 0 to N - 1, `seed=A,B` for those that are named.
 
+    Returns:
+        The options and their values, and the seeds.
+
     Raises:
         ValueError: for words of another form; the message names the option.
     """

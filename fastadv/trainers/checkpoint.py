@@ -167,7 +167,9 @@ def find_checkpoint(path: str | os.PathLike[str], which: str = LATEST) -> Path:
     """
     start = in_its_run(Path(path).expanduser())
     if not start.exists():
-        raise CheckpointError(f"{start}: no such file or directory")
+        raise CheckpointError(
+            f"{start}: no such file or directory; it must be a run directory or a checkpoint"
+        )
     named = _under_its_name(start)
     if (named / META_FILE).is_file() or _NAME.fullmatch(named.name):
         return named

@@ -74,6 +74,9 @@ def find_method(method: str | MethodClass) -> MethodClass:
         method: the method's name ("pgd-at" is "pgd_at"); "package.module:Class" for a method of your own; or the
             class itself. "package.module:Class" is imported, so it must not be read from a file that others wrote.
 
+    Returns:
+        The class, a subclass of `Method`.
+
     Raises:
         ValueError: if the name is unknown, or a method of your own has no name.
         ImportError: if a method of your own cannot be imported.

@@ -89,7 +89,16 @@ PER_CALL: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"x": images(4).mul(255).byte()}, TypeError, ["x must be float32", "torch.uint8"]),
     ({"x": images(4).to(torch.complex64)}, TypeError, ["x must be float32", "torch.complex64"]),
     ({"x": images(4).numpy()}, TypeError, ["x must be a tensor", "ndarray"]),
-    ({"x": images(4) * 255}, ValueError, ["x must be finite and within bounds (0.0, 1.0)", "254."]),
+    (
+        {"x": images(4) * 255},
+        ValueError,
+        ["x must be finite and within bounds (0.0, 1.0)", "254.", "must be divided by 255"],
+    ),
+    (
+        {"x": images(4) * 4 - 2},
+        ValueError,
+        ["got values from -", "normalisation belongs inside the model"],
+    ),
     ({"x": torch.full((4, 3, 8, 8), 1 + 1e-6)}, ValueError, ["within bounds", "1.0000"]),
     (
         {"x": images(4).index_fill(0, torch.tensor([1]), NAN)},

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
 import architecture_check as check
 import architecture_list as listed
+import architecture_speed as speed
 import architectures
 
 CPU = torch.device("cpu")
@@ -44,6 +45,11 @@ def test_cosine_is_per_image() -> None:
     a = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
     b = torch.tensor([[0.0, 2.0], [3.0, 3.0], [0.0, 0.0], [1.0, 0.0]])
     torch.testing.assert_close(check.cosine(a, b), torch.tensor([0.0, 1.0, 1.0, 0.0]).double())
+
+
+def test_the_median_of_an_even_number_of_ratios_lies_between_the_middle_two() -> None:
+    rows = {f"net{ratio}": {"ratio": ratio} for ratio in (1.0, 3.0, 1.2, 2.0)}
+    assert "4 networks, ratio 1.00 to 3.00, median 1.60" in speed.summary(rows)
 
 
 def test_own_architecture_is_examined() -> None:

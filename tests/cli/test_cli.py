@@ -199,7 +199,16 @@ def test_resuming_from_the_command_line(tmp_path: Path, capfd: pytest.CaptureFix
             "'cuda:99'",
         ),
         (["train", "standard", "--data", "digits", "--run", "r", "--device", "gpu"], "'gpu'"),
-        (["eval", "nowhere"], "nowhere: no such file or directory"),
+        (
+            ["eval", "nowhere"],
+            "nowhere: no such file or directory; it must be a run directory or a checkpoint",
+        ),
+        (["train", "standard", "--data", "cifar", "--run", "r"], "or folder:PATH, got 'cifar'"),
+        (["train", "standard", "--data", ".", "--run", "r"], "did you mean 'folder:.'?"),
+        (
+            ["train", "standard", "--data", "cifar10", "--run", "r"],
+            "`fastadv data cifar10 --root DATA --download` fetches them",
+        ),
         (["report", "nowhere"], "run `fastadv eval nowhere` first"),
         (["train", "standard", "--config", "nowhere.yaml"], "nowhere.yaml"),
     ],

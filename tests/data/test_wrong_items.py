@@ -104,5 +104,5 @@ def test_what_is_no_data_is_refused(digits: ImageData) -> None:
     with pytest.raises(ValueError, match="an empty Dataset"):
         as_samples(Subset(Items(digits), []), (0.0, 1.0))
     samples = as_samples((digits.images / 255, digits.labels), (0.0, 1.0))
-    with pytest.raises(ValueError, match="bounds must be those of the samples"):
+    with pytest.raises(ValueError, match="bounds must be the bounds of the samples"):
         as_samples(samples, (-1.0, 1.0))

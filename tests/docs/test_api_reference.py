@@ -72,6 +72,29 @@ def test_the_help_of_pgd_describes_its_arguments_itself() -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
+def test_the_result_of_a_public_function_is_described(package: str) -> None:
+    """Under Returns, or by a first sentence that says what is returned or yielded."""
+    missing = [
+        name
+        for name, value in _public(package).items()
+        if inspect.isfunction(value)
+        and inspect.signature(value).return_annotation not in (None, "None")
+        and "contextmanager" not in inspect.getsource(value).partition("def ")[0]
+        and not re.search(
+            r"^Return |^ *(Returns|Yields):", inspect.getdoc(value) or "", re.MULTILINE
+        )
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in fastadv._ATTACKS if inspect.isclass(getattr(fastadv, name))]
+)
+def test_every_attack_names_its_source(name: str) -> None:
+    assert re.search(r"\bSources?\b.*:", inspect.getdoc(getattr(fastadv, name)) or ""), name
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_every_public_class_shows_what_its_instances_hold(package: str) -> None:
     bases = {Callback, Schedule}  # without anything of their own to show
     plain = [

@@ -1,4 +1,4 @@
-"""The Python of the documents runs; docs/ops.md leaves out no op, docs/evaluation.md names options that exist."""
+"""The Python of the documents runs; pages on ops leave out no op, docs/evaluation.md names real options."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from fastadv import ops
+from fastadv import losses, ops
 from fastadv.cli import main
 from fastadv.evaluation.analyses import ANALYSES
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENT = (ROOT / "docs" / "ops.md").read_text()
-# The word before the block, if it is one of a pair, and the code.
-BLOCKS = re.findall(
-    r"(?:^(Before|After):\n\n)?^```python\n(.*?)```", DOCUMENT, re.DOTALL | re.MULTILINE
-)
+OPS = (ROOT / "docs" / "ops.md").read_text()
+OF_OPS = ("ops_images", "ops_features", "losses")  # with an entry for each op
+ENTRIES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in OF_OPS}
+DOCUMENT = "\n".join(ENTRIES.values())
 PUBLIC = sorted(set(ops.__all__) - {"REGISTRY", "backend"})
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -38,14 +37,29 @@ def _assigned(code: str, names: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: names[name].clone() for name in stored if isinstance(names[name], torch.Tensor)}
 
 
-def test_the_blocks_run_in_turn_and_pairs_agree() -> None:
+def _blocks(document: str) -> list[tuple[str, str]]:
+    """The word before each block, if it is one of a pair, and the code."""
+    return re.findall(
+        r"(?:^(Before|After):\n\n)?^```python\n(.*?)```", document, re.DOTALL | re.MULTILINE
+    )
+
+
+@pytest.mark.parametrize(
+    ("page", "wanted"),
+    [
+        ("ops_images", {"stepped", "point", "masked", "training_images"}),
+        ("ops_features", {"distance", "drift", "replayed", "loss"}),
+        ("losses", {"loss"}),
+    ],
+)
+def test_the_blocks_run_in_turn_and_pairs_agree(page: str, wanted: set[str]) -> None:
     """A tensor that both blocks of a pair assign must have the same values in the two."""
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     before: dict[str, torch.Tensor] = {}
     compared = set()
-    for number, (word, code) in enumerate(BLOCKS):
-        exec(compile(code, f"docs/ops.md, python block {number}", "exec"), names)
+    for number, (word, code) in enumerate(_blocks(ENTRIES[page])):
+        exec(compile(code, f"docs/{page}.md, python block {number}", "exec"), names)
         assigned = _assigned(code, names)
         if word == "Before":
             before = assigned
@@ -53,21 +67,41 @@ def test_the_blocks_run_in_turn_and_pairs_agree() -> None:
             for name in before.keys() & assigned.keys():
                 torch.testing.assert_close(assigned[name], before[name], rtol=1e-4, atol=1e-5)
                 compared.add(name)
-    assert {"stepped", "point", "masked", "distance", "replayed", "training_images"} <= compared
+    assert wanted <= compared
 
 
-def test_there_is_a_pair_for_every_entry() -> None:
-    words = [word for word, _ in BLOCKS if word]
-    assert words == ["Before", "After"] * (len(words) // 2)
-    assert len(words) // 2 >= len(re.findall(r"^### ", DOCUMENT, re.MULTILINE)) > 0
+@pytest.mark.parametrize("page", OF_OPS)
+def test_there_is_a_pair_for_every_entry(page: str) -> None:
+    words = [word for word, _ in _blocks(ENTRIES[page]) if word]
+    assert words and words == ["Before", "After"] * (len(words) // 2)
+    assert len(words) // 2 >= len(re.findall(r"^### ", ENTRIES[page], re.MULTILINE))
+
+
+def test_a_signature_on_the_page_of_losses_is_the_function_s() -> None:
+    """`reduction`, which all of them take, is told of in words."""
+    named = set()
+    for name, told in re.findall(r"^losses\.(\w+)\(([^()]*)\)", ENTRIES["losses"], re.MULTILINE):
+        names: dict[str, Any] = {}
+        exec(f"def stated({told}, **rest): pass", names)
+        stated = list(inspect.signature(names["stated"]).parameters.values())[:-1]
+        actual = inspect.signature(getattr(losses, name)).parameters
+        expected = [value for key, value in actual.items() if key != "reduction"]
+        assert [(p.name, p.kind, p.default) for p in stated] == [
+            (p.name, p.kind, p.default) for p in expected
+        ], name
+        named.add(name)
+    of_features = {"vfd", "feature_distance"}
+    types = {"ActLosses", "FeatureDistance"}
+    assert named == set(losses.__all__) - of_features - types
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_every_public_op_has_a_line_and_an_entry(name: str) -> None:
-    table = [line for line in DOCUMENT.splitlines() if line.startswith("| `")]
+    table = [line for line in OPS.splitlines() if line.startswith("| `")]
     headings = re.findall(r"^### .*", DOCUMENT, re.MULTILINE)
     assert any(f"`{name}`" in line.split("|")[1] for line in table)
-    assert any(re.search(rf"\b{name}\b", heading) for heading in headings)
+    (page,) = re.findall(rf"^\| \[.*?\]\((\w+)\.md\) \|.*`{name}`", OPS, re.MULTILINE)
+    assert any(re.search(rf"\b{name}\b", heading) for heading in headings) == (page != "losses")
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -23,7 +23,8 @@ from fastadv.trainers import find_method, method_names
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-ELSEWHERE = ("attacks", "evaluation", "ops", "training")  # test_docs.py and test_readme.py
+# test_docs.py and test_readme.py
+ELSEWHERE = ("attacks", "evaluation", "ops_images", "ops_features", "losses", "training")
 PAGES = sorted(page.stem for page in DOCS.glob("*.md"))
 WITH_CODE = [
     name

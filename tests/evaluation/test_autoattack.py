@@ -210,7 +210,7 @@ def test_the_reference_alone_needs_the_library(monkeypatch):
         (4, {"version": "plus"}, "version must be 'standard' or a list"),
         (4, {"version": ("apgd",)}, "version must be one of apgd-ce"),
         (4, {"version": ()}, "at least one attack"),
-        (4, {"version": ("fab", "fab")}, "none twice"),
+        (4, {"version": ("fab", "fab")}, "no attack twice"),
         (4, {"seed": -1}, "seed must be in"),
         (4, {"eps": -1.0}, "eps must be"),
         (4, {"norm": "l3"}, "norm must be one of"),

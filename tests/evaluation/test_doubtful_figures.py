@@ -183,7 +183,7 @@ def test_transfer_tells_which_model_guesses() -> None:
     models = {"good": Linear(), "guess": guess}
     matrix = transfer_matrix(models, bright_or_dark(), "fgsm", eps=0.2, progress=False)
     assert [note for note in matrix.notes if "seems to guess" in note] == [
-        "guess seems to guess, so that what is made on it says nothing of the others"
+        "guess seems to guess, so the images that are made on it say nothing about the other models"
     ]
 
 

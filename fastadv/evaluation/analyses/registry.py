@@ -89,8 +89,8 @@ def check_needs(analysis: Analysis, model: nn.Module, teacher: bool, train: bool
         )
     if "teacher" in analysis.needs and not teacher:
         raise ValueError(
-            f"teacher must be given with {analysis.name}: the standard model, with whose features those of the "
-            "model are compared"
+            f"teacher must be given with {analysis.name}: the standard model, whose features are compared "
+            "with the model's"
         )
     if "train" in analysis.needs and not train:
         raise ValueError(f"train must be given with {analysis.name}: images of the training set")

@@ -37,7 +37,7 @@ def warn_of_earlier_figures(folder: Path, written: Collection[Path]) -> None:
     if earlier:
         more = f" and {len(earlier) - 5} more" if len(earlier) > 5 else ""
         warnings.warn(
-            f"{folder} holds files of an earlier report, whose figures are not those of this one: "
+            f"{folder} holds files of an earlier report, with other figures than this report: "
             f"{', '.join(earlier[:5])}{more}; delete them, or write the report into a new folder",
             stacklevel=3,
         )

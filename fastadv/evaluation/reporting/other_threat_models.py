@@ -55,7 +55,7 @@ def without_ball(comparison: Comparison) -> Table:
     notes = (
         "These attacks look for the smallest perturbation and have no ball: an image is broken at whatever "
         "distance. So the accuracy is no robust accuracy.",
-        "The distances are those of the broken images.",
+        "Distances are measured on the broken images alone.",
         *remarks(comparison, lines),
     )
     return Table("Attacks without a ball", heading, tuple(rows), notes)

@@ -230,9 +230,11 @@ class Summary:
             *("broken", "search", "by float32 steps", "seconds"),
         )
         notes = (
-            "Each stage gets the images that those before it have left; broken counts those that it took.",
+            "Each stage gets the images that the stages before it have left. Broken counts the images that the "
+            "stage broke.",
             "bf16, fp16 and fp32 are searches on the engine, confirmed by the plain model in float32; "
-            "reference is pyautoattack. By float32 steps are images that only steps after that search broke.",
+            "reference is pyautoattack. By float32 steps counts the images that only the steps after the search "
+            "broke.",
         )
         return Table("AutoAttack, stage by stage", heading, tuple(rows), notes)
 
@@ -284,7 +286,7 @@ class Summary:
             *("weights", "device", "versions", "command"),
         )
         notes = (
-            "Multiply-adds are those of convolutions and matrix products in one pass of one image.",
+            "Multiply-adds are counted in the convolutions and matrix products of one pass of one image.",
             "Weights are named by the start of their SHA-256.",
         )
         return Table("Where the numbers are from", heading, tuple(dict.fromkeys(rows)), notes)
