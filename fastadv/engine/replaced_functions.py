@@ -46,7 +46,7 @@ class _Home:
         return self._found
 
     def _search(self) -> Iterator[str]:
-        for key, value in self._now.items():
+        for key, value in [*self._now.items()]:  # other threads may import parts of torch
             built_in = getattr(self._original, key, None)
             then = self._then.get(key, built_in)
             if isinstance(then, type) or not callable(then) or not callable(value):
