@@ -225,9 +225,10 @@ class Attack(Configured):
             run = partial(self._run_by, call)
             batch, adv = trial.unproven(run) or trial.proven(self._ready(x), run)
             outside = outside_share(adv, x, radius, settings.norm, bounds)
-            self._last = batch.counters.report(batch.engine.precision, outside)
+            self._last = report = batch.counters.report(batch.engine.precision, outside)
         if self.check_inputs and x.device.type == "cpu":  # elsewhere it would wait for the attack
-            warn_of_gradients(self._last, settings)
+            # Not `_last`, which is None again if another thread has begun a call by now.
+            warn_of_gradients(report, settings)
             warn_of_probabilities(batch.counters.first_logits, settings)
         return adv
 

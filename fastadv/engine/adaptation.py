@@ -24,6 +24,7 @@ from fastadv.engine.operands import leads_to
 from fastadv.engine.own_functions import reads_for_itself
 from fastadv.engine.randomness import draws_can_be_watched
 from fastadv.engine.recording_mode import uncompiled
+from fastadv.engine.replaced_functions import replaced_function
 
 
 class Adaptation:
@@ -85,7 +86,7 @@ class Adaptation:
             with ExitStack() as stack:
                 if isinstance(model, nn.Module):  # the code of a compiled part must run to be seen
                     stack.enter_context(uncompiled(model))
-                if parameters and (isinstance(model, nn.Module) or draws_can_be_watched(model)):
+                if parameters and _can_be_asked(model):
                     stack.enter_context(nullcontext() if self._questions else questions)
                     questions.images = images
                 yield
@@ -107,6 +108,13 @@ class Adaptation:
         """Let go of the parameters; those of a model that has adapted against expectation are put back."""
         self.freeze()
         self._kept.close()
+
+
+def _can_be_asked(model: object) -> bool:
+    """Whether `Questions` leaves the results of a model as they are."""
+    if isinstance(model, nn.Module):
+        return replaced_function() is None
+    return draws_can_be_watched(model)
 
 
 class Questions(TorchFunctionMode):

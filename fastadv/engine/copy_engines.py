@@ -126,11 +126,15 @@ class CopyEngine(EngineOnCopy):
         if output is None:
             return super().gradient(x, value_of)
         assert self.passes is not None
+        logits, turn = output.clone(), self.passes.turn  # before the loss
         value, at_logits = gradient_at_logits(output, value_of)
+        # The loss may have attacked the same network, whose passes have then overwritten the activations.
+        if self.passes.turn != turn and self.passes.forward(x) is None:
+            return super().gradient(x, value_of)
         if self._narrow_range:
             at_logits = enlarged(at_logits)
         grad = self.passes.backward(at_logits)
-        return InputGradient(value, output.clone(), grad)
+        return InputGradient(value, logits, grad)
 
     def _forward(self, x: Tensor) -> Tensor:
         return _passed(self._run, x)
@@ -189,8 +193,9 @@ class ProgramEngine(EngineOnCopy):
         """As in `Engine.gradient`; ``grad`` is in the program's dtype and valid until the engine's next call."""
         output, started = self.passes.forward(x, with_gradient=True)
         check_logits(output, x.shape[0])
-        value, at_logits = gradient_at_logits(output, value_of)
+        # Copied before the loss, which may attack the same network.
         logits = output.to(torch.float32, copy=True)
+        value, at_logits = gradient_at_logits(output, value_of)
         grad = self.passes.backward(started, at_logits)
         check_gradient(grad is not None)
         assert grad is not None

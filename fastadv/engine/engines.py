@@ -143,7 +143,8 @@ def gradient_at_logits(output: Tensor, value_of: ValueOfLogits) -> tuple[Tensor,
             found: tuple[Tensor, Tensor] = by_formula(output.detach().float())
         return found
     with torch.enable_grad():
-        logits = output.detach().float().requires_grad_()
+        # A copy: the loss may keep it, write to it, or attack the same network, whose passes overwrite the output.
+        logits = output.detach().to(torch.float32, copy=True).requires_grad_()
         value = value_of(logits)
         (at_logits,) = torch.autograd.grad(value.sum(), logits)
     return value.detach(), at_logits

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastadv.engine import proof
 from fastadv.engine.cached_recording import CachedRecording
+from fastadv.engine.callers_modes import callers_change
 from fastadv.engine.compiled_parts import unwrapped
 from fastadv.engine.content import content
 from fastadv.engine.copy import AttackCopy
@@ -52,6 +53,9 @@ class ForwardCopy:
     """
 
     def __init__(self, model: nn.Module, output: Output, x: Tensor, dtype: torch.dtype) -> None:
+        change = callers_change()
+        if change is not None:
+            raise Unrecordable(f"{change} may change what torch's functions compute")
         self._model = model
         self._whole = _OutputOf(unwrapped(model), output)
         self._sizes: dict[int, bool] = {}
@@ -91,7 +95,7 @@ class ForwardCopy:
     @property
     def is_current(self) -> bool:
         """Whether the model still has the weights, modes, hooks and settings that were copied."""
-        same = self._snapshot.matches(self._model)
+        same = callers_change() is None and self._snapshot.matches(self._model)
         return same and plain_state(self._whole) == self._numbers
 
     def serves(self, x: Tensor) -> bool:
@@ -153,7 +157,7 @@ def probe_images(x: Tensor) -> Tensor:
 
 
 class _ModelSnapshot:
-    """The weights, buffers, modes and hooks of a model at one moment, to see later whether they have changed.
+    """The weights, buffers, modes, hooks and classes of a model at one moment, to see later whether they changed.
 
     Torch counts the changes of a tensor, but not those through ``tensor.data``, as averages of weights are often
     written. On the CPU a hash of all weights shows them. Buffers are compared as well, since processes that train
@@ -189,15 +193,22 @@ def _content_of(model: nn.Module) -> tuple[Any, ...] | None:
 
 
 def _modes_of(model: nn.Module) -> list[tuple[Any, ...]]:
-    """Of each module its mode, its forward hooks, and a forward of its own."""
+    """The hooks for all modules; of each module its mode, hooks and class, and the forward methods of both."""
+    everywhere = nn.modules.module
+    hooks = (everywhere._global_forward_pre_hooks, everywhere._global_forward_hooks)
     return [
-        (
-            module,
-            module.training,
-            (*module._forward_pre_hooks.values(), *module._forward_hooks.values()),
-            vars(module).get("forward"),
-        )
-        for module in model.modules()
+        tuple(hook for kind in hooks for hook in kind.values()),
+        *(
+            (
+                module,
+                module.training,
+                (*module._forward_pre_hooks.values(), *module._forward_hooks.values()),
+                vars(module).get("forward"),
+                type(module),
+                type(module).forward,
+            )
+            for module in model.modules()
+        ),
     ]
 
 

@@ -79,6 +79,9 @@ class GraphedPasses:
         forward: images [B, ...] -> logits [B, C], differentiable; weights keep their addresses.
         recorder: records passes; `CudaRecorder` but in tests.
         any_batch: images do not depend on one another, so that batches may be filled up with other images.
+
+    Attributes:
+        turn: number of forward passes so far.
     """
 
     def __init__(
@@ -89,7 +92,7 @@ class GraphedPasses:
         self._recorded: dict[Kind, dict[object, _RecordedPass]] = {"logits": {}, "gradient": {}}
         self._last: _RecordedPass | None = None
         self._resting = False
-        self.failure = ""
+        self.failure, self.turn = "", 0
 
     def begin(self) -> None:
         """A session begins, in which calls are counted anew."""
@@ -124,6 +127,7 @@ class GraphedPasses:
         return self._last.run_backward(at_logits)
 
     def _find(self, kind: Kind, x: Tensor) -> _RecordedPass | None:
+        self.turn += 1
         if self._resting or self.failure or not len(x) or x.dtype == torch.float64:
             return None
         size = padded_size(len(x)) if self._any_batch else len(x)

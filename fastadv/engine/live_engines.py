@@ -61,7 +61,9 @@ class EagerEngine(Engine):
     @contextmanager
     def session(self, model: Model, seed: int, current: bool = False) -> Iterator[None]:
         """Freeze the live model; it is as before on leaving."""
-        # Held for the session only, so that a cached engine keeps no model alive.
+        # Held for the session only, so that a cached engine keeps no model alive. Within it a loss may attack the
+        # same network, by the same engine.
+        before = self._model, self._weights
         self._model, self._weights = model, _weights_dtype(model)
         try:
             with frozen(
@@ -78,7 +80,7 @@ class EagerEngine(Engine):
                 finally:
                     self._adaptation.end()  # before the parameters get their flags back
         finally:
-            self._model = None
+            self._model, self._weights = before
 
     def images(self, x: Tensor) -> Tensor:
         """As in `Engine.images`, channels-last where the model takes that."""
@@ -129,9 +131,15 @@ class LiveEngine(EagerEngine):
         inner = unwrapped(model) if isinstance(model, nn.Module) else model
         # No recording holds gradients in parameters. An attack that is not proven may find some all the same.
         watched = self.first_pass is not None
-        self._adaptation = Adaptation(not watched, watched, self.first_pass)
-        with super().session(inner, seed, current):
-            yield
+        before, self._adaptation = (
+            self._adaptation,
+            Adaptation(not watched, watched, self.first_pass),
+        )
+        try:
+            with super().session(inner, seed, current):
+                yield
+        finally:
+            self._adaptation = before
 
     def _forward(self, x: Tensor) -> Tensor:
         watch, self.first_pass = self.first_pass, None

@@ -25,6 +25,7 @@ from fastadv.engine.hidden_draws import gradient_runs_others_code, may_hide_draw
 from fastadv.engine.named_code import content_of, named_by
 from fastadv.engine.networks import attributes_of
 from fastadv.engine.operands import marked_by, tensors_in
+from fastadv.engine.replaced_functions import replaced_function
 
 # Runs of the model after which a generator whose state changes each time counts as one that the model draws from.
 _TRIES = 3
@@ -96,8 +97,11 @@ class DrawWatch(TorchFunctionMode):
 
 
 def draws_can_be_watched(model: object) -> bool:
-    """Whether `DrawWatch` sees a model's draws: it sees no scripted or compiled parts, and no other threads."""
-    return not _reaches_hidden_draws(model, set(), depth=4)
+    """Whether `DrawWatch` sees a model's draws: it sees no scripted or compiled parts, and no other threads.
+
+    Replaced functions of torch would run twice under it.
+    """
+    return replaced_function() is None and not _reaches_hidden_draws(model, set(), depth=4)
 
 
 def _hides_draws(part: object) -> bool:

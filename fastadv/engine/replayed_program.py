@@ -36,7 +36,8 @@ class _Recording:
         logits: their place, or the tensor in the program's memory that they are written to.
         at_logits: the place of the gradient at the logits; None for a pass without gradients.
         gradient: as `logits`, for the gradient in the images.
-        holds_filters: whether a constant is in oneDNN's own layout, which a refresh of the weights replaces.
+        holds_replaced: whether a constant is in a layout of its own, such as oneDNN's or a sparse one. A refresh
+            of the weights gives such tensors new memory.
     """
 
     calls: list[Call]
@@ -45,7 +46,7 @@ class _Recording:
     logits: Place | Tensor
     at_logits: Place | None
     gradient: Place | Tensor | None
-    holds_filters: bool
+    holds_replaced: bool
 
     def pays(self, seconds: float) -> bool:
         """Whether a replay saves a part worth having of a pass of so many seconds."""
@@ -59,6 +60,21 @@ class _Recording:
             for call in self.calls[: self.turn]:
                 call.run(values)
         return _value(self.logits, values), values
+
+    def fault_at(
+        self, x: Tensor, at_logits: Tensor | None, own: tuple[Tensor, Tensor | None]
+    ) -> str | None:
+        """Why a replay does not give a pass's own results; None if it does.
+
+        Some of torch's operators, such as the gradient of an LSTM, do not take what they were seen to take.
+        """
+        try:
+            logits, values = self.begin(x)
+            gradient = None if at_logits is None else self.complete(values, at_logits)
+        except Exception as error:
+            return f"a replay fails: {error}"
+        same = _equal(logits, own[0]) and _equal(gradient, own[1])
+        return None if same else "a replay has other results"
 
     def complete(self, values: list[Any], at_logits: Tensor) -> Any:
         """The gradient in the images."""
@@ -117,6 +133,7 @@ class ReplayedProgram:
         self._program, self._fault = program, fault
         self._kinds: dict[Any, _Kind] = {}
         self._most = 0  # images of a pass
+        self._latest: ProgramPass | None = None
 
     def release(self) -> None:
         """Let go of the memory kept between passes."""
@@ -126,11 +143,16 @@ class ReplayedProgram:
     def refresh(self) -> None:
         """Note that the weights have changed."""
         for kind in self._kinds.values():
-            if kind.recording is not None and kind.recording.holds_filters:
+            if kind.recording is not None and kind.recording.holds_replaced:
                 kind.recording, kind.is_warm = None, False
 
     def forward(self, x: Tensor, with_gradient: bool) -> tuple[Any, ProgramPass]:
         """As `Program.forward`; ``with_gradient`` says whether `backward` follows."""
+        logits, started = self._forward(x, with_gradient)
+        self._latest = started if with_gradient else None
+        return logits, started
+
+    def _forward(self, x: Tensor, with_gradient: bool) -> tuple[Any, ProgramPass]:
         kind, began = self._kind_of(x, with_gradient), perf_counter()
         if kind.is_checked and kind.recording is not None:
             logits, values = kind.recording.begin(x)
@@ -139,18 +161,21 @@ class ReplayedProgram:
             logits, run = self._program.forward(x)
             started = ProgramPass(kind, x, logits, began, run)
         else:
-            recorder = CallRecorder(self._program.memory.holds)
-            recorder.add(x)
-            with recorder:
-                logits, run = self._program.forward(x)
-            started = ProgramPass(kind, x, logits, began, run, recorder, len(recorder.calls))
+            started = self._recorded_forward(kind, x, began)
+            logits = started.logits
         if with_gradient or kind.fault is not None:
             return logits, started
         return self._learn(started, None, None)[0], started
 
     def backward(self, started: ProgramPass, at_logits: Tensor) -> Tensor | None:
-        """As `Program.backward`. The logits of the pass may be overwritten."""
+        """As `Program.backward`. The logits of the pass may be overwritten.
+
+        A loss may attack the same network. Its passes lie in the same memory, so the forward pass is made again.
+        """
         at_logits = at_logits.contiguous()
+        if started is not self._latest:
+            _, started = self._forward(started.x, with_gradient=True)
+        self._latest = None  # what it holds is not kept until the next pass
         if started.values is not None:
             assert started.kind.recording is not None
             return started.kind.recording.complete(started.values, at_logits)
@@ -158,9 +183,7 @@ class ReplayedProgram:
         if started.recorder is None:
             gradient = self._program.backward(started.run, at_logits)
         else:
-            started.recorder.add(at_logits)
-            with started.recorder:
-                gradient = self._program.backward(started.run, at_logits)
+            gradient = self._recorded_backward(started, at_logits)
         if started.kind.fault is not None:
             return gradient
         return self._learn(started, at_logits, gradient)[1]
@@ -171,6 +194,31 @@ class ReplayedProgram:
         if kind.is_checked and kind.recording is not None:
             return None
         return kind.fault or NOT_YET
+
+    def _recorded_forward(self, kind: _Kind, x: Tensor, began: float) -> ProgramPass:
+        """The first half of a pass, recorded unless recording it fails."""
+        recorder = CallRecorder(self._program.memory.holds)
+        recorder.add(x)
+        try:
+            with recorder:
+                logits, run = self._program.forward(x)
+        except Exception as error:  # if it is the program's own, it comes again
+            kind.fault = f"recording a pass fails: {error}"
+            logits, run = self._program.forward(x)
+            return ProgramPass(kind, x, logits, began, run)
+        return ProgramPass(kind, x, logits, began, run, recorder, len(recorder.calls))
+
+    def _recorded_backward(self, started: ProgramPass, at_logits: Tensor) -> Tensor | None:
+        """The second half; where recording it fails, that of a pass that nothing watches."""
+        assert started.recorder is not None and started.run is not None
+        started.recorder.add(at_logits)
+        try:
+            with started.recorder:
+                return self._program.backward(started.run, at_logits)
+        except Exception as error:
+            started.kind.fault = f"recording a pass fails: {error}"
+        _, run = self._program.forward(started.x)
+        return self._program.backward(run, at_logits)
 
     def _kind_of(self, x: Tensor, with_gradient: bool) -> _Kind:
         if x.shape[0] > self._most:
@@ -201,10 +249,9 @@ class ReplayedProgram:
         else:
             kind.is_checked = True
             own = logits.clone(), None if gradient is None else gradient.clone()
-            again, values = kind.recording.begin(started.x)
-            replayed = None if at_logits is None else kind.recording.complete(values, at_logits)
-            if not (_equal(again, own[0]) and _equal(replayed, own[1])):
-                kind.recording, kind.fault = None, "a replay has other results"
+            kind.fault = kind.recording.fault_at(started.x, at_logits, own)
+            if kind.fault is not None:
+                kind.recording = None
             return own
         return logits, gradient
 
@@ -226,8 +273,8 @@ def _recorded(
         return None, "a result is no tensor that a call has made"
     calls = recorder.calls
     drop_early(calls, {source.number for source in sources if isinstance(source, Place)})
-    filters = any(constant.is_mkldnn for constant in recorder.constants)
-    made = _Recording(calls, started.turn, recorder.places, logits, at, found, filters)
+    replaced = any(constant.layout is not torch.strided for constant in recorder.constants)
+    made = _Recording(calls, started.turn, recorder.places, logits, at, found, replaced)
     return made, None
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastadv.engine import proof, randomness
 from fastadv.engine.cached_recording import CachedRecording
-from fastadv.engine.callers_modes import callers_mode
+from fastadv.engine.callers_modes import callers_change
 from fastadv.engine.candidates import candidates
 from fastadv.engine.compiled_parts import unwrapped
 from fastadv.engine.engines import Engine, Model
@@ -88,8 +88,8 @@ class EngineCache:
             ValueError: the engine asked for cannot run this model; the message says why.
         """
         precision = _narrowest(request, model, x)
-        mode = callers_mode()
-        obstacle, kind = _obstacle(model, x, request, mode), (*_kind(x, request), mode)
+        change = callers_change()
+        obstacle, kind = _obstacle(model, x, request, change), (*_kind(x, request), change)
         if obstacle is None and isinstance(model, nn.Module):
             waiting = self._live.waiting(kind, model) if request.is_free else None
             if waiting is not None:
@@ -127,7 +127,7 @@ class EngineCache:
 
     def trial(self, model: Model, x: Tensor, request: EngineRequest) -> Trial[Any]:
         """An attack on images like ``x`` that may do without `ready`; arguments as there."""
-        return self._schedule.trial(model, (*_kind(x, request), len(x), callers_mode()))
+        return self._schedule.trial(model, (*_kind(x, request), len(x), callers_change()))
 
     def _tell(self, message: str) -> None:
         """Warn, once."""
@@ -240,7 +240,7 @@ def _runs(model: nn.Module, x: Tensor) -> bool:
     return True
 
 
-def _obstacle(model: Model, x: Tensor, request: EngineRequest, mode: str | None) -> str | None:
+def _obstacle(model: Model, x: Tensor, request: EngineRequest, change: str | None) -> str | None:
     """Why no copy is to be made; None when a recording will tell."""
     if request.engine == "eager":
         return "asked for"
@@ -250,8 +250,8 @@ def _obstacle(model: Model, x: Tensor, request: EngineRequest, mode: str | None)
         return "train mode needs the live model"
     if not isinstance(model, nn.Module):
         return "it is a plain callable"
-    if mode is not None:
-        return f"the caller's {mode} may change what torch's functions compute"
+    if change is not None:
+        return f"{change} may change what torch's functions compute"
     free = request.precision == "auto" and x.device.type == "cpu" and x.dtype != torch.float64
     if request.is_free and not free and _narrowest(request, model, x) == "fp32":
         return "in fp32 the model's own operations run, bit for bit"

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -50,6 +51,19 @@ def test_threads_with_one_model_give_what_serial_calls_give(precision: str) -> N
     after = state_of(model)
     for part in ("modes", "requires_grad", "values", "identities"):
         assert after[part] == before[part]
+
+
+def test_a_call_may_end_while_another_thread_begins_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_cnn(10, 3).eval()
+    attack = fastadv.PGD(model, steps=2)
+
+    @contextmanager
+    def alone() -> Iterator[None]:
+        yield
+        attack._last = None  # as at the beginning of a call
+
+    monkeypatch.setattr(attack, "_alone", alone)
+    assert attack(images(3), torch.arange(3)).shape == images(3).shape
 
 
 def test_building_an_engine_does_not_repeat_random_numbers_of_other_threads() -> None:

@@ -173,6 +173,11 @@ class Scaled(nn.Module):
         return self.net(x * self.scale + self.shifts[0])
 
 
+class Negated(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        return -super().forward(x)
+
+
 CHANGES: dict[str, Callable[[Scaled], object]] = {
     "past the counter": lambda m: next(m.net.parameters()).data.neg_(),
     "a number": lambda m: setattr(m, "scale", -2.0),
@@ -180,6 +185,7 @@ CHANGES: dict[str, Callable[[Scaled], object]] = {
     "a hook": lambda m: m.net.register_forward_hook(lambda module, args, out: -out),
     "a hook before": lambda m: m.net.register_forward_pre_hook(lambda module, args: (-args[0],)),
     "a forward": lambda m: setattr(m, "forward", lambda x: -m.net(x)),
+    "a class": lambda m: setattr(m, "__class__", Negated),
 }
 
 
@@ -196,6 +202,41 @@ def test_whatever_changes_a_frozen_model_is_copied_anew(change: str) -> None:
         assert off(before, model(images())) > 0.1
         assert off(frozen(images()), model(images())) < 0.02
         assert frozen.reason is None
+
+
+def negate(module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
+    return -out if isinstance(module, Scaled) else None
+
+
+def by_method(patch: pytest.MonkeyPatch) -> None:
+    forward = Scaled.forward
+    patch.setattr(Scaled, "forward", lambda self, x: -forward(self, x))
+
+
+def by_global_hook(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(nn.modules.module._global_forward_hooks, -1, negate)
+
+
+def by_function(patch: pytest.MonkeyPatch) -> None:
+    relu = torch.relu
+    patch.setattr(torch, "relu", lambda x: relu(-x))
+
+
+@pytest.mark.parametrize("change", [by_method, by_global_hook, by_function])
+def test_changes_outside_of_a_frozen_model_are_seen(
+    change: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Scaled().eval()
+    frozen = FrozenForward("teacher", model, logits_of, BF16)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # says that the model runs itself
+        before = model(images())
+        frozen(images())
+        assert frozen._copy is not None
+        change(monkeypatch)
+        assert off(before, model(images())) > 0.1
+        assert off(frozen(images()), model(images())) < 0.02
+    assert (frozen.reason is not None) == (change is by_function)
 
 
 def tapped(model: nn.Module, x: Tensor) -> Tensor | None:

@@ -83,6 +83,23 @@ def test_recorded_passes_give_the_copys_result(
     assert recorder.count > 0
 
 
+def test_a_loss_may_attack_the_same_network(recorder: EmulatedRecorder) -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(12)
+    within: list[fastadv.PGD] = []
+
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        for attack in within:
+            attack(x.flip(0), y)
+        return margin(logits, y)
+
+    attack = fastadv.PGD(model, 0.1, 0.02, 12, loss=loss, precision="bf16")
+    wanted = attack(x, y, seed=0)
+    within.append(fastadv.PGD(model, 0.1, 0.02, 2, precision="bf16"))
+    within[0].share_engines(attack)
+    assert torch.equal(attack(x, y, seed=0), wanted)
+    assert recorder.count > 0
+
+
 def test_batches_of_one_padded_size_share_a_recording(recorder: EmulatedRecorder) -> None:
     model = trained_small_cnn()
     x, y = digits_test(16)

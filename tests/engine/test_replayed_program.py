@@ -198,8 +198,101 @@ def test_new_weights_are_packed_once_and_not_in_each_replay(monkeypatch) -> None
     assert is_replayed(program, x)
     assert len(packed) == 3 * 2  # forward and backward
     (kind,) = program._kinds.values()
-    assert kind.recording is not None and kind.recording.holds_filters
+    assert kind.recording is not None and kind.recording.holds_replaced
     assert not any("reorder" in str(call.operator) for call in kind.recording.calls)
+
+
+class Sparse(nn.Module):
+    """Weights in a sparse layout, whose memory a copy of other weights replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filled = torch.rand(5, 192)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (self.filled * (self.filled > 0.5)).to_sparse()
+        return torch.sparse.mm(weight, x.flatten(1).t()).t()
+
+
+def test_replays_follow_new_sparse_weights() -> None:
+    torch.manual_seed(0)
+    model, x = Sparse(), images_of((3, 3, 8, 8), 0)
+    copied = copy_of(model, x, torch.float32, pack=True)
+    program = ReplayedProgram(Program(copied))
+    for _ in range(3):
+        for _ in range(4):
+            _, gradient = pass_of(program, x, True)
+            leaf = x.clone().requires_grad_()
+            weights = torch.linspace(-1, 2, 15).view(3, 5)
+            (wanted,) = torch.autograd.grad((model(leaf) * weights).sum(), leaf)
+            assert torch.allclose(gradient, wanted, atol=1e-5)
+        assert is_replayed(program, x)
+        model.filled = torch.rand(5, 192)
+        refresh(copied, model, x)
+        program.refresh()
+
+
+class Rows(nn.Module):
+    """Reads the rows of an image. The gradient of its LSTM does not take the tensors that a recording shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reader, self.last = nn.LSTM(24, 6, batch_first=True), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.reader(x.permute(0, 2, 1, 3).flatten(2))[0][:, -1])
+
+
+def test_passes_whose_replay_fails_run_as_they_are() -> None:
+    torch.manual_seed(0)
+    model, x = Rows().eval(), images_of((3, 3, 8, 8), 0)
+    program = ReplayedProgram(Program(copy_of(model, x, torch.float32, pack=True)))
+    leaf = x.clone().requires_grad_()
+    weights = torch.linspace(-1, 2, 15).view(3, 5)
+    (wanted,) = torch.autograd.grad((model(leaf) * weights).sum(), leaf)
+    for _ in range(5):
+        assert torch.allclose(pass_of(program, x, True)[1], wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("half", ["forward", "backward"])
+def test_passes_whose_recording_fails_run_as_they_are(half: str, monkeypatch) -> None:
+    own, forward = Stub(lambda x: x.flatten(1) * 2), [True]
+
+    def dispatched(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if forward[0] == (half == "forward"):
+            raise RuntimeError("this operator bears no watching")
+        return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(CallRecorder, "__torch_dispatch__", dispatched)
+    program = ReplayedProgram(own)  # type: ignore[arg-type]
+    x = images_of((2, 3, 2, 2), 0)
+    for turn in range(4):
+        forward[0] = True
+        logits, started = program.forward(x, True)
+        forward[0] = False
+        gradient = program.backward(started, torch.ones(2, 12))
+        assert torch.equal(logits, x.flatten(1) * 2), turn
+        assert gradient is not None and torch.equal(gradient, x * 24), turn
+
+
+@pytest.mark.parametrize("warm", [0, 1, 2, 3, 4])
+def test_a_pass_within_another_one_does_not_spoil_it(warm: int) -> None:
+    torch.manual_seed(0)
+    model, x = randomise(Mixed()).eval(), images_of((3, 3, 8, 8), 0)
+    others = images_of((2, 3, 8, 8), 1)
+    copied = copy_of(model, x, torch.float32, pack=True)
+    own, program = Program(copied), ReplayedProgram(Program(copied))
+    weights = torch.linspace(-1, 2, 15).view(3, 5)
+    wanted = own.backward(own.forward(x)[1], weights)
+    assert wanted is not None
+    for _ in range(warm):
+        pass_of(program, x, True)
+    _, started = program.forward(x, True)
+    within = pass_of(program, others, True)
+    gradient = program.backward(started, weights)
+    assert gradient is not None and torch.equal(gradient, wanted)
+    for found, kept in zip(pass_of(program, others, True), within, strict=True):
+        assert torch.equal(found, kept)
 
 
 def test_a_larger_batch_and_a_release_forget_the_replays() -> None:

@@ -1,0 +1,81 @@
+"""Notice functions of torch that others have replaced, as by ``torch.relu = theirs``.
+
+Two things go wrong with them. A function such as `torch.nn.functional.relu` calls `torch.relu`, and a recording
+shows the first of the two alone, as before. And torch finds the function that it hands to a `TorchFunctionMode` by
+its name. So a replacement that calls the original runs twice where a mode watches.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+_BUILT_IN = (
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    types.GetSetDescriptorType,
+)
+_OWN = ("torch", "fastadv")
+
+
+class _Home:
+    """The functions of one of torch's namespaces, as they were when fastadv was imported.
+
+    Args:
+        name: of the namespace.
+        place: the module or class.
+        original: the class of compiled code in which torch itself looks; None if there is none.
+    """
+
+    def __init__(self, name: str, place: Any, original: Any = None) -> None:
+        self._name, self._now, self._original = name, vars(place), original
+        self._then = {key: value for key, value in self._now.items() if callable(value)}
+        self._seen: list[Any] = []
+        self._found: str | None = None
+
+    def replaced(self) -> str | None:
+        """The name of a function that others have replaced; None if there is none."""
+        values = [*self._now.values()]
+        if values != self._seen:  # mostly the same objects, which are compared fast
+            self._seen, self._found = values, next(self._search(), None)
+        return self._found
+
+    def _search(self) -> Iterator[str]:
+        for key, value in [*self._now.items()]:  # other threads may import parts of torch
+            built_in = getattr(self._original, key, None)
+            then = self._then.get(key, built_in)
+            if isinstance(then, type) or not callable(then) or not callable(value):
+                continue
+            # Before the import, others may have replaced what torch has built in.
+            known = value is then and built_in is None
+            if not known and _is_other(value, then):
+                yield f"{self._name}.{key}"
+
+
+def _is_other(value: Any, then: Any) -> bool:
+    """Whether a function is none of torch's, or another one of torch's."""
+    if isinstance(value, types.FunctionType):
+        home = value.__globals__.get("__name__", "")
+    else:
+        home = "torch" if isinstance(value, _BUILT_IN) else type(value).__module__
+    if str(home).split(".")[0] not in _OWN:
+        return True
+    return getattr(value, "__name__", "") != getattr(then, "__name__", "")
+
+
+_HOMES = (
+    _Home("torch", torch, torch._C._VariableFunctions),
+    _Home("torch.Tensor", torch.Tensor, torch._C.TensorBase),
+    _Home("torch.nn.functional", F),
+    _Home("torch._C._nn", torch._C._nn),
+)
+
+
+def replaced_function() -> str | None:
+    """The name of a function of torch that others have replaced, such as "torch.relu"; None if there is none."""
+    return next(filter(None, (home.replaced() for home in _HOMES)), None)
