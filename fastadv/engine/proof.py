@@ -164,8 +164,8 @@ def difference(found: InputGradient, wanted: InputGradient, precision: str) -> s
     alike = torch.where((length > 0) & length.isfinite(), cosines.nan_to_num(-1.0), 1.0)
     differences = _differences(found.logits, wanted.logits)
     # One read for all numbers: on a GPU the host waits for each.
-    *of_logits, cosine = torch.stack((*differences, alike.min())).tolist()
-    fault = _in_words(*of_logits, precision, "logits")
+    parted, distance, cosine = torch.stack((*differences, alike.min())).tolist()
+    fault = _in_words(parted, distance, precision, "logits")
     if fault is None and cosine < COSINES[precision]:
         return f"the gradient's cosine with the live model's is {cosine:.2f}"
     return fault
@@ -183,7 +183,8 @@ def difference_of_results(
     fault = _other_shape(found, wanted, name)
     if fault is not None:
         return fault
-    return _in_words(*torch.stack(_differences(found, wanted)).tolist(), precision, name)
+    parted, distance = torch.stack(_differences(found, wanted)).tolist()
+    return _in_words(parted, distance, precision, name)
 
 
 def _other_shape(found: Tensor, wanted: Tensor, name: str) -> str | None:
