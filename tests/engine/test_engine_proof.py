@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from attack_helpers import (
 from changing_models import SWITCHES, Switched
 from foreign_models import Pooled, conv
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import fastadv
 from fastadv.engine import proof
@@ -254,6 +256,37 @@ def test_a_gradient_lost_for_one_image_is_a_difference(spoil: float) -> None:
     assert "cosine" in str(proof.difference(found, live, "bf16"))
     live.grad[1] = 0  # an image without a gradient tells nothing
     assert proof.difference(found, live, "bf16") is None
+
+
+class Reads(TorchFunctionMode):
+    """Lists the reads of a block, for each of which the host waits on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        by_mask = name == "__getitem__" and isinstance(args[1], Tensor)
+        if by_mask or name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("spoil", [1.0, 1.5, -1.0, torch.nan])
+@pytest.mark.parametrize("of", ["logits", "grad"])
+def test_a_comparison_reads_values_once(of: str, spoil: float) -> None:
+    draws = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, generator=draws)
+    grad = torch.randn(3, 2, 5, 5, generator=draws)
+    live = proof.InputGradient(torch.zeros(3), logits, grad)
+    changed = {"logits": logits.clone(), "grad": grad.clone()}
+    changed[of][1] *= spoil
+    with Reads() as reads:
+        fault = proof.difference(proof.InputGradient(live.value, **changed), live, "bf16")
+    assert reads.names == ["tolist"]
+    right = spoil == 1.0 or (spoil == 1.5 and of == "grad")  # gradients are compared by direction
+    assert (fault is None) == right, fault
 
 
 class NearlyEqualMaxima(nn.Module):

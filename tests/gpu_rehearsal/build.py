@@ -1,0 +1,75 @@
+"""Compiles the pretended GPU into a library, without importing torch, which must find it loaded."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import platform
+import runpy
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from compiled import FOLDER, kept, version_of
+
+HERE = Path(__file__).resolve().parent
+
+
+def missing() -> str | None:
+    """Why this machine cannot rehearse, or None."""
+    if platform.system() != "Linux" or shutil.which("g++") is None:
+        return "needs g++ on Linux"
+    if version()["cuda"] is not None:
+        return "needs a torch without CUDA, whose place the pretended GPU takes"
+    return None
+
+
+@functools.cache
+def torch_folder() -> Path:
+    """Where torch lies."""
+    found = importlib.util.find_spec("torch")
+    assert found is not None and found.origin is not None
+    return Path(found.origin).parent
+
+
+@functools.cache
+def version() -> dict[str, Any]:
+    """The facts of ``torch.version``."""
+    return runpy.run_path(str(torch_folder() / "version.py"))
+
+
+def build(results: Path = FOLDER / "gpu_rehearsal") -> Path:
+    """Compile the library, or take what an earlier call compiled from the same sources.
+
+    Raises:
+        RuntimeError: g++ fails.
+    """
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(lambda unit: _object(unit, results), sorted(HERE.glob("*.cpp"))))
+    command = [*map(str, objects), f"-L{torch_folder() / 'lib'}", "-ltorch_cpu", "-lc10"]
+    return kept(
+        results / "gpu_rehearsal.so",
+        [str(command), version_of("g++")],
+        lambda made: _run(["g++", "-shared", "-o", str(made), *command]),
+    )
+
+
+def _object(unit: Path, results: Path) -> Path:
+    headers = torch_folder() / "include"
+    command = ["g++", "-std=c++20", "-O1", "-fPIC", "-Wall", "-fvisibility=hidden"]
+    for place in (headers, headers / "torch/csrc/api/include"):
+        command += ["-isystem", str(place)]
+    ours = [path.read_text() for path in (*sorted(HERE.glob("*.h")), unit)]
+    return kept(
+        results / f"{unit.stem}.o",
+        [str(command), version_of("g++"), version()["__version__"], *ours],
+        lambda made: _run([*command, "-c", str(unit), "-o", str(made)]),
+    )
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-8000:]}")
