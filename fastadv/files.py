@@ -23,7 +23,7 @@ _MAX_NAME_LENGTH = 100  # bytes; file systems take 255
 _MAX_KEY_LENGTH = 150  # bytes of a key beside its hash
 _KEY_DIGITS = 12  # of a key's hash
 _DAY = 24 * 60 * 60
-_FREE_SPACE = "free some space there and try again (a run goes on with resume); files written before are whole"
+_FREE_SPACE = "free some space there and try again; files written before are whole"
 _ADVICE = {
     errno.ENOSPC: _FREE_SPACE,
     errno.EDQUOT: _FREE_SPACE,
