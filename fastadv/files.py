@@ -243,10 +243,18 @@ def json_of(path: str | os.PathLike[str]) -> Any:
         OSError: as in `text_of`.
         ValueError: if it is no JSON; the message says so, and does not name the file.
     """
+    text = ""
     try:
-        return json.loads(text_of(path))
+        text = text_of(path)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is not valid JSON ({error})") from error
+        merge = any(line.startswith("<<<<<<< ") for line in text.splitlines())
+        hint = (
+            "; it has the marks of a merge, '<<<<<<<', which must be finished first"
+            if merge
+            else ""
+        )
+        raise ValueError(f"it is not valid JSON ({error}){hint}") from error
 
 
 def sha256_of(path: Path) -> str:
