@@ -23,7 +23,7 @@ _MAX_NAME_LENGTH = 100  # bytes; file systems take 255
 _MAX_KEY_LENGTH = 150  # bytes of a key beside its hash
 _KEY_DIGITS = 12  # of a key's hash
 _DAY = 24 * 60 * 60
-_FREE_SPACE = "free some space there and try again (a run goes on with resume); files written before are whole"
+_FREE_SPACE = "free some space there and try again; files written before are whole"
 _ADVICE = {
     errno.ENOSPC: _FREE_SPACE,
     errno.EDQUOT: _FREE_SPACE,
@@ -243,10 +243,18 @@ def json_of(path: str | os.PathLike[str]) -> Any:
         OSError: as in `text_of`.
         ValueError: if it is no JSON; the message says so, and does not name the file.
     """
+    text = ""
     try:
-        return json.loads(text_of(path))
+        text = text_of(path)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is not valid JSON ({error})") from error
+        merge = any(line.startswith("<<<<<<< ") for line in text.splitlines())
+        hint = (
+            "; it has the marks of a merge, '<<<<<<<', which must be finished first"
+            if merge
+            else ""
+        )
+        raise ValueError(f"it is not valid JSON ({error}){hint}") from error
 
 
 def sha256_of(path: Path) -> str:

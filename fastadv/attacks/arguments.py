@@ -15,6 +15,7 @@ from fastadv.attacks.soft_labels import check_probabilities, check_soft_labels, 
 from fastadv.engine.engines import Model
 from fastadv.ops import checks
 from fastadv.ops.pgd_step_per_channel import Bounds
+from fastadv.ops.values import largest_radius
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 EngineName = Literal["auto", "fixed", "eager", "compiled", "graph"]
@@ -183,6 +184,32 @@ def check_limits(name: str, values: float | Tensor | None, largest: float = math
         )
         raise ValueError(
             f"{name} must be finite and >= 0{most}, got values from {low:.6g} to {high:.6g}"
+        )
+
+
+def check_step_sizes(alpha: float | Tensor | None, norm: str, bounds: Bounds) -> None:
+    """Check the step sizes of a call; on a GPU this waits for the device where they are a tensor.
+
+    Raises:
+        ValueError: if one is negative, not finite, or as in `check_step`.
+    """
+    check_limits("alpha", alpha)
+    if alpha is None or norm != "linf" or (isinstance(alpha, Tensor) and alpha.numel() == 0):
+        return
+    check_step(float(alpha.max()) if isinstance(alpha, Tensor) else alpha, bounds)
+
+
+def check_step(alpha: float, bounds: Bounds) -> None:
+    """Refuse a step in linf that leads from any image to a corner. It must be in other units.
+
+    Raises:
+        ValueError: if the step is at least twice the width of the bounds, unless they are tensors.
+    """
+    longest = 2 * largest_radius(bounds, "linf", 1)
+    if alpha >= longest > 0:
+        raise ValueError(
+            f"alpha must be below {longest:g}, twice the width of the bounds, got {alpha:g}; it is in the units "
+            "of the images: 2/255 of 0..1, say"
         )
 
 

@@ -23,6 +23,7 @@ from fastadv.attacks.arguments import (
     check_model,
     check_seed,
     check_start,
+    check_step_sizes,
 )
 from fastadv.attacks.attack_warnings import (
     warn_of_gradients,
@@ -381,7 +382,7 @@ class _CallArguments(NamedTuple):
         check_images(self.x, self.bounds)
         largest = largest_radius(self.bounds, norm, self.x.shape[1:].numel())
         check_limits("eps", self.radius, largest)
-        check_limits("alpha", self.overrides.alpha)
+        check_step_sizes(self.overrides.alpha, norm, self.bounds)
         if self.start is not None:
             check_start(self.start)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from fastadv.attacks.arguments import check_step
 from fastadv.attacks.attack import AttackSettings
 from fastadv.attacks.objectives import LossFunction, Objective
 from fastadv.ops.values import integer, limit
@@ -36,12 +37,8 @@ class PGDSettings(AttackSettings):
         limit("alpha", self.step_size)
         if self.step_size == 0 < self.eps:
             raise ValueError(f"alpha must be > 0, got 0; {self._without_steps}")
-        width = self.bounds[1] - self.bounds[0]
-        if self.norm == "linf" and self.step_size >= 2 * width > 0:
-            raise ValueError(
-                f"alpha must be below {2 * width:g}, twice the width of the bounds, got "
-                f"{self.step_size:g}; it is in the units of the images: 2/255 of 0..1, say"
-            )
+        if self.norm == "linf":
+            check_step(self.step_size, self.bounds)
         integer("steps", self.steps, at_least=1)
         integer("restarts", self.restarts, at_least=1)
         if self.restarts > 1 and not self.random_start:

@@ -17,7 +17,7 @@ from fastadv.attacks.arguments import check_labels, module_device
 from fastadv.attacks.options import AttackType, names_checked
 from fastadv.compat.inputs import check_channels, check_normalised, integer_labels, target_classes
 from fastadv.compat.saved import load_results, write_results
-from fastadv.compat.their_names import THEIR_NAMES, in_their_names
+from fastadv.compat.their_names import THEIR_NAMES, in_names_of_a_call, in_their_names
 from fastadv.models import Normalized
 from fastadv.ops.synonyms import SYNONYMS
 from fastadv.ops.values import (
@@ -132,13 +132,13 @@ class Attack(metaclass=AttackType):
             found = self._target_function(given.to(self.device), y)
             y = target_classes(found, y, self._mode == BY_LABEL)
         if epsilons is None:
-            return back(self._perturbed(x, y, None))
+            return back(self._named(x, y, None))
         radii = epsilons.tolist() if isinstance(epsilons, Tensor | np.ndarray) else epsilons
         if not isinstance(radii, list | tuple):
-            return back(self._perturbed(x, y, number("epsilons", radii)))
+            return back(self._named(x, y, number("epsilons", radii)))
         if not radii:
             raise ValueError(f"epsilons must be one radius or several, got {shown(epsilons)}")
-        return [back(self._perturbed(x, y, number("epsilons", eps))) for eps in radii]
+        return [back(self._named(x, y, number("epsilons", eps))) for eps in radii]
 
     forward = __call__
 
@@ -151,6 +151,12 @@ class Attack(metaclass=AttackType):
                 f"labels must be given in the mode {BY_LABEL}, where they are the targets"
             )
         return self._logits(x).argmax(1)
+
+    def _named(self, x: Tensor, y: Tensor, eps: float | None) -> Tensor:
+        """`_perturbed`, with errors in the words of the caller."""
+        labels = "labels" if self._mode in ("default", BY_LABEL) else "targets"
+        with in_names_of_a_call(labels, "eps" if eps is None else "epsilons"):
+            return self._perturbed(x, y, eps)
 
     def _perturbed(self, x: Tensor, y: Tensor, eps: float | None) -> Tensor:
         return self.own(x, y, eps=eps)
@@ -187,7 +193,8 @@ class Attack(metaclass=AttackType):
 
         def targets(images: Tensor, labels: Tensor) -> Tensor:
             logits = self._logits(self._taken(images)[0])
-            check_labels(labels, logits.shape[1])
+            with in_names_of_a_call("labels", "eps"):
+                check_labels(labels, logits.shape[1])
             if rank >= logits.shape[1]:
                 raise ValueError(
                     f"kth_min must be less than the {logits.shape[1]} classes, got {rank}"
@@ -199,7 +206,8 @@ class Attack(metaclass=AttackType):
 
     def _random_targets(self, images: Tensor, labels: Tensor) -> Tensor:
         classes = self._logits(self._taken(images)[0][:1]).shape[1]
-        check_labels(labels, classes)
+        with in_names_of_a_call("labels", "eps"):
+            check_labels(labels, classes)
         generator = torch.Generator().manual_seed(draw_seed())
         steps = torch.randint(1, classes, (len(labels),), generator=generator, device="cpu")
         return (labels + steps.to(labels.device)) % classes

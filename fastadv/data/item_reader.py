@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from fastadv.data.items import read_item
+from fastadv.data.read_ahead import read_ahead
 
 CACHE_BYTES = 2**29  # of images kept in memory; a small data set fits
 CHUNK = 16  # images that a worker reads at a time
@@ -151,7 +152,7 @@ class ItemReader:
         chunks = [chunk.tolist() for chunk in indices.split(CHUNK)]
         read: Any = map(items.__getitems__, chunks)
         if self._workers:
-            read = iter(self._workers_for(items, chunks, persistent_workers=False))
+            read = read_ahead(self._workers_for(items, chunks, persistent_workers=False))
         try:
             for chunk in read:
                 self._check(chunk)
@@ -203,7 +204,7 @@ class ItemReader:
         self._plan.begin(wanted, chunk)
         if self._loader is None:
             self._loader = self._workers_for(self._items, self._plan)
-        self._stream = iter(self._loader)
+        self._stream = read_ahead(self._loader)
 
     def _next(self) -> _Chunk:
         assert self._stream is not None

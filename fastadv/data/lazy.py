@@ -193,8 +193,14 @@ def known_classes(dataset: Any) -> int | None:
 
 
 def _has_items(data: Any) -> bool:
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        if not hasattr(data, "__len__"):
+            raise TypeError(
+                f"data must have a length, got the Dataset {type(data).__name__} without __len__"
+            )
+        return True
     if isinstance(data, Dataset):
-        return not isinstance(data, IterableDataset)
+        return False
     plain = Tensor | np.ndarray | Mapping | Sequence
     return not isinstance(data, plain) and all(
         hasattr(type(data), name) for name in ("__len__", "__getitem__")

@@ -11,10 +11,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from fastadv.data.batches import Batch, Batches
+from fastadv.data.errors import DataFormatError
 from fastadv.data.images import check_channels_first, item_image, item_label
+from fastadv.data.read_ahead import read_ahead
 from fastadv.ops.values import check_bool, check_device, integer, shown
 from fastadv.seeding import derive_seed
 
@@ -125,11 +127,15 @@ class StreamLoader(Batches):
             _SeededItems(self.data, derive_seed(self.seed, "augment", epoch)),
             batch_sampler=steps,
             num_workers=min(self.data.workers, len(steps)),
+            collate_fn=_collated,
             pin_memory=on_cuda,
             # Not drawn from the caller's generator, which a step may have seeded for dropout.
             generator=torch.Generator().manual_seed(0),
         )
-        for images, labels, chosen in reader:
+        for found in read_ahead(reader):
+            if isinstance(found, Exception):
+                raise found
+            images, labels, chosen = found
             x, y, taken = (
                 t.to(self._device, non_blocking=on_cuda) for t in (images, labels, chosen)
             )
@@ -144,10 +150,26 @@ class _SeededItems(Dataset[Any]):
         self._data = data
         self._seed = seed
 
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int, int]] | Exception:
+        """Read a batch. A worker returns an error, in whose place torch would raise one with a long traceback."""
+        try:
+            return [self[index] for index in indices]
+        except (TypeError, ValueError, RuntimeError) as error:
+            if get_worker_info() is None:
+                raise
+            return error
+
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         data = self._data
         with _seeded(derive_seed(self._seed, "item", index)):
-            image, label = data.dataset[index]
+            try:
+                image, label = data.dataset[index]
+            except DataFormatError:
+                raise
+            except Exception as error:
+                raise RuntimeError(
+                    f"item {index} of {data.name} cannot be read: {type(error).__name__}: {error}"
+                ) from error
         image, label = item_image(image), item_label(label, index)
         if tuple(image.shape) != data.image_shape:
             raise ValueError(
@@ -161,6 +183,10 @@ class _SeededItems(Dataset[Any]):
         if image.dtype != torch.uint8 and not bool(((image >= 0) & (image <= 1)).all()):
             raise ValueError(f"floating-point images must be in 0..1, got others at index {index}")
         return image, label, index
+
+
+def _collated(items: list[Any] | Exception) -> Any:
+    return items if isinstance(items, Exception) else default_collate(items)
 
 
 @contextmanager

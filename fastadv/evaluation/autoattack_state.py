@@ -97,10 +97,10 @@ class AutoAttackState(StateFolder):
         return f"{path} is about other images than this run attacks; use a new state_dir"
 
     def save(self, attack: str, batch: int, record: BatchRecord) -> None:
-        """Write the record of a finished batch."""
+        """Write the record of a finished batch, as `StateFolder.keep`."""
         content = io.BytesIO()
         torch.save({name: getattr(record, name) for name in record.__dataclass_fields__}, content)
-        write_atomically(self._path(attack, batch), content.getvalue())
+        self.keep(lambda: write_atomically(self._path(attack, batch), content.getvalue()))
 
     def _path(self, attack: str, batch: int) -> Path:
         return self.directory / f"{attack}-{batch:05d}.pt"

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastadv.digest import sealed, unsealed
 from fastadv.evaluation.state_folder import Fingerprint, StateFolder
 from fastadv.evaluation.verify import Violations
+from fastadv.evaluation.worst import WorstImages
 from fastadv.files import write_atomically
 
 _FOLDER = "batches"
@@ -54,9 +55,14 @@ class FinishedBatches:
             ) from error
 
     def save(self, key: str, batch: Tensor, values: Tensor, violations: Violations) -> None:
-        """Write the values [B] of a finished batch."""
+        """Write the values [B] of a finished batch, as `StateFolder.keep`."""
         content = {"values": values.tolist(), "violations": violations.as_dict()}
-        write_atomically(self._path(key, batch), json.dumps(sealed(content)))
+        path, text = self._path(key, batch), json.dumps(sealed(content))
+        self._folder.keep(lambda: write_atomically(path, text))
+
+    def save_worst(self, key: str, batch: Tensor, images: WorstImages) -> None:
+        """Write the worst images of a batch, as `StateFolder.keep`, before its values."""
+        self._folder.keep(lambda: images.save(self.worst_path(key, batch)))
 
     def worst_path(self, key: str, batch: Tensor) -> Path:
         """The file of the worst images of a batch."""

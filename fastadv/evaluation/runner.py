@@ -307,7 +307,7 @@ class Runner:
             logits = self.logits_of(adv, name, indices)
             seen = self.worst.see(name, x, adv, y, logits, indices)
             if kept is not None and seen is not None and len(seen):
-                seen.save(kept.worst_path(str(key), indices))
+                kept.save_worst(str(key), indices, seen)
             right = logits.argmax(dim=1) == y
             if last is not None:
                 audit.count_blind(*last.count(adv, y, right, indices))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,7 @@ class StateFolder:
 
     def __init__(self, directory: str | os.PathLike[str], identity: Fingerprint) -> None:
         self.directory = Path(directory)
+        self._is_lost = False
         manifest = self.directory / _MANIFEST
         if manifest.exists():
             _check_same_run(manifest, identity)
@@ -72,6 +75,27 @@ class StateFolder:
         else:
             write_atomically(
                 manifest, json.dumps({"format": _FORMAT, **asdict(identity)}, indent=2) + "\n"
+            )
+
+    def keep(self, write: Callable[[], object]) -> None:
+        """Write a file of the state. If that fails, a warning says so, and nothing more is written.
+
+        The figures do not need the state, and hours of work would be lost with an error. Later files would be of
+        no use: those of an attack are read in their order, and a batch needs the file of its worst images.
+
+        Args:
+            write: writes the file; an OSError that it raises has the file's name.
+        """
+        if self._is_lost:
+            return
+        try:
+            write()
+        except OSError as error:
+            self._is_lost = True
+            warnings.warn(
+                "the evaluation goes on, but keeps no more of its finished work, which is done again after an "
+                f"interruption: {error}",
+                stacklevel=2,
             )
 
 

@@ -34,6 +34,8 @@ def check_kinds(
             "data must be Splits(train=..., test=...) of ImageData, or the name of a data set, got "
             f"{type(data).__name__}; from_tensors makes ImageData of tensors"
         )
+    if isinstance(data, Splits):
+        _check_splits(data)
     if not isinstance(model, nn.Module | str):
         hint = "; call it to make the module" if callable(model) else ""
         raise TypeError(f"model must be a module or a name, got {type(model).__name__}{hint}")
@@ -51,6 +53,19 @@ def check_kinds(
     if root is not None and not isinstance(data, str):
         raise ValueError(
             f"root must be left out with Splits, which hold their images, got {root!r}"
+        )
+
+
+def _check_splits(data: Splits) -> None:
+    if not isinstance(data.train, ImageData | StreamedData):
+        raise TypeError(
+            f"train of data must be ImageData or StreamedData, got {type(data.train).__name__}; from_tensors "
+            "makes ImageData of tensors"
+        )
+    if not isinstance(data.test, ImageData):
+        raise TypeError(
+            f"test of data must be ImageData, got {type(data.test).__name__}; from_dataset reads a Dataset into "
+            "memory"
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,21 @@ from fastadv.trainers.run_directory import RunDirectory
 
 class NonFiniteLossError(ArithmeticError):
     """Several iterations in a row had a loss or a gradient that is not finite."""
+
+
+@contextmanager
+def failed_writes_explained() -> Iterator[None]:
+    """Let the error of a file that cannot be written during a run say how the run goes on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.strerror is not None:  # it is not about a file to write
+            raise
+        explained = type(error)(
+            f"{error}; once it can be, resume=True (--resume) goes on with the run"
+        )
+        explained.errno = error.errno
+        raise explained from error
 
 
 def write_nonfinite(file: Path, content: dict[str, Any]) -> None:

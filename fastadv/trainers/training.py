@@ -24,6 +24,7 @@ from fastadv.trainers.building import build_method, build_model
 from fastadv.trainers.callbacks import Callback, Callbacks, check_callbacks
 from fastadv.trainers.checkpoint import checkpoint_name, find_checkpoint
 from fastadv.trainers.distributed import with_synced_norms
+from fastadv.trainers.endings import failed_writes_explained
 from fastadv.trainers.hardware import choose_device
 from fastadv.trainers.loop import Loop
 from fastadv.trainers.method import Method
@@ -205,7 +206,8 @@ def train(
                 on_start(run.path)
         if recipe.compile:
             trainer.compile()
-        record = loop.train()
+        with failed_writes_explained():
+            record = loop.train()
         ranks.wait()  # for the last checkpoint
     return _result(loop, run, record)
 

@@ -51,6 +51,17 @@ def test_a_step_is_in_the_units_of_the_images() -> None:
     assert PGD(model(), 8, alpha=2, bounds=(0, 255)).alpha == 2
 
 
+@pytest.mark.parametrize("alpha", [2, 8.0, torch.tensor([0.1, 8.0]), torch.full((1, 1, 1), 2.0)])
+def test_a_step_of_a_call_is_in_the_units_of_the_images(alpha: Any) -> None:
+    x, y = torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"^alpha must be below 2, .* got [28]; .* units of the"):
+        PGD(model(), 8 / 255, steps=1)(x, y, alpha=alpha)
+    in_l2 = PGD(model(), 0.5, alpha=0.1, steps=1, norm="l2")
+    if not (isinstance(alpha, torch.Tensor) and alpha.dim() > 1):  # in l2 a step is one length
+        in_l2(x, y, alpha=alpha)
+        PGD(model(), 8, alpha=2, bounds=(0, 255), steps=1)(255 * x, y, alpha=alpha)
+
+
 @pytest.mark.parametrize(
     ("written", "name"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,7 @@ def test_labels_out_of_range_get_no_targets(away: int) -> None:
     attack = short(compat.PGD, model)
     for choose in (attack.set_mode_targeted_random, attack.set_mode_targeted_least_likely):
         choose()
-        with pytest.raises(ValueError, match=r"y must be in 0 \.\. 9, the model's 10 classes"):
+        with pytest.raises(ValueError, match=r"^labels must be in 0 \.\. 9, the model's 10"):
             attack(x, y + away)
         assert attack(x[:0], y[:0]).shape == x[:0].shape
 
@@ -332,8 +333,48 @@ def test_wrong_inputs_are_named() -> None:
         attack([1, 2], y)
     with pytest.raises(TypeError, match="model must be a module"):
         compat.PGD(lambda x: x)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="x must be finite and within bounds"):
-        attack(x + 1, y)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda attack, x, y: attack(x + 1, y), "inputs must be finite and within bounds"),
+        (lambda attack, x, y: attack(x, y[:3]), r"labels must have shape \(4,\), got \(3,\)"),
+        (lambda attack, x, y: attack(x, y[:, None]), r".* pass labels\.flatten\(\)"),
+        (
+            lambda attack, x, y: attack(x[:3, 0], y[:1]),
+            r"inputs must .* pass inputs\.unsqueeze\(0\) and labels\.reshape\(1\)",
+        ),
+        (lambda attack, x, y: attack((255 * x).long(), y), "inputs must be float32"),
+        (lambda attack, x, y: attack(x, y + 10), r"labels must be in 0 \.\. 9"),
+        (lambda attack, x, y: attack(x, y, epsilons=8), "epsilons must be at most 1 in linf"),
+    ],
+)
+def test_errors_of_a_call_have_its_own_names(call: Any, words: str) -> None:
+    attack, (x, y) = short(compat.BIM, trained_small_cnn(half=False)), digits_test(4)
+    with pytest.raises((TypeError, ValueError), match=f"^{words}") as told:
+        call(attack, x, y)
+    assert not re.search(r"\b[xy]\b", str(told.value))
+
+
+def test_targets_out_of_range_are_called_targets() -> None:
+    attack, (x, y) = short(compat.BIM, trained_small_cnn(half=False)), digits_test(4)
+    attack.set_mode_targeted_by_function(lambda images, labels: labels + 10)
+    with pytest.raises(ValueError, match=r"^targets must be in 0 \.\. 9, the model's 10 classes"):
+        attack(x, y)
+    attack.set_mode_targeted_by_label()
+    with pytest.raises(ValueError, match=r"^labels must be in 0 \.\. 9"):
+        attack(x, y + 10)
+
+
+def test_an_error_of_the_model_keeps_its_words() -> None:
+    class Picky(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError("the x of this model is too small, and eps is not its concern")
+
+    x, y = digits_test(4)
+    with pytest.raises(ValueError, match="the x of this model is too small, and eps is not"):
+        short(compat.BIM, Picky())(x, y)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +411,7 @@ def test_bytes_under_a_normalisation_are_judged_as_they_come_back(tmp_path: Path
     wrapped = nn.Sequential(fastadv.models.Normalized(nn.Identity(), [-2.0], [4.0]), model)
     images = (x * 255).round().to(torch.uint8)
     attacks = []
-    for eps in (0.02, 0.2):
+    for eps in (0.07, 0.2):
         attacks.append(short(compat.BIM, wrapped, eps=eps, alpha=eps / 2))
         attacks[-1].set_normalization_used([0.5], [0.25])  # the two make up the identity
 

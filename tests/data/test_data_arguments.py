@@ -126,6 +126,15 @@ def test_a_one_hot_label_is_refused(label: object) -> None:
         from_tensors(torch.rand(4, 1, 8, 8), torch.eye(4, dtype=torch.int64))
 
 
+def test_a_dataset_without_a_length_is_named() -> None:
+    class Endless(Dataset[Any]):
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            return torch.zeros(1, 8, 8), 0
+
+    with pytest.raises(TypeError, match="data must have a length, got the Dataset Endless"):
+        fastadv.evaluate(small_cnn(4, 1), Endless(), progress=False)
+
+
 @pytest.mark.parametrize(
     "label",
     [3, np.int32(3), np.uint8(3), torch.tensor(3), torch.tensor([3]), np.array(3, dtype=np.uint16)],

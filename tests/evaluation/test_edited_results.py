@@ -117,6 +117,18 @@ def test_the_finished_part_of_an_evaluation_is_refused_where_it_was_changed(tmp_
         kept.load("pgd", batch)
 
 
+def test_an_unfinished_merge_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = add_results(tmp_path / "eval.json", [result("clean", 90)])
+    ours = file.read_text()
+    file.write_text(ours.replace("    {\n", "<<<<<<< HEAD\n    {\n", 1))
+    assert main(["report", str(file)]) == 2
+    assert "has the marks of a merge, '<<<<<<<', which must be finished" in capsys.readouterr().err
+    file.write_text(ours[:-20])
+    with pytest.raises(ValueError, match="it is not valid JSON") as told:
+        load_results(file)
+    assert "marks of a merge" not in str(told.value)
+
+
 def test_damaged_worst_images_are_named(tmp_path: Path) -> None:
     images = torch.rand(3, 1, 8, 8)
     numbers = torch.arange(3)

@@ -52,6 +52,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_afterwards(
             run("standard", tmp_path / "cut", resume=True)
     assert caught.value.errno == errno.ENOSPC
     assert Path(name).name in str(caught.value)
+    assert str(caught.value).endswith("resume=True (--resume) goes on with the run")
     newest = find_checkpoint(tmp_path / "cut")
     load_checkpoint(newest)
     if newest.name == "step_000004":
