@@ -141,7 +141,7 @@ def check_images(x: Tensor, bounds: Bounds) -> None:
     if not (lowest <= found[0] and found[1] <= highest):  # also where one of them is NaN
         raise ValueError(
             f"x must be finite and within bounds {tuple(bounds)}, got values from {found[0]:.9g} to "
-            f"{found[1]:.9g}; {_remedy(*found, highest)}"
+            f"{found[1]:.9g}; {_remedy(found[0], found[1], highest)}"
         )
 
 
