@@ -204,7 +204,7 @@ class _Arrived(torch.autograd.Function):
     def forward(ctx: Any, count: int, *values_and_gradients: Tensor) -> Tensor:
         """Zero; first come ``count`` tensors, then their gradients."""
         ctx.gradients = values_and_gradients[count:]
-        return torch.zeros((), device=values_and_gradients[0].device)
+        return torch.zeros((), dtype=torch.float32, device=values_and_gradients[0].device)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:

@@ -21,6 +21,14 @@ _BUILT_IN = (
     types.GetSetDescriptorType,
 )
 _OWN = ("torch", "fastadv")
+# The home of functions that compute and are not built in. Others of torch's, such as torch.compile and torch.load,
+# are often replaced.
+_PYTHON_FUNCTIONS = "torch.functional"
+# Methods of tensors that libraries replace for the sake of display or files.
+_NOT_COMPUTING = {
+    *("__repr__", "__str__", "__format__", "__dir__", "__hash__", "__deepcopy__"),
+    *("__reduce__", "__reduce_ex__", "__setstate__", "register_hook"),
+}
 
 
 class _Home:
@@ -45,11 +53,18 @@ class _Home:
             self._seen, self._found = values, next(self._search(), None)
         return self._found
 
+    def _computes(self, key: str, function: Any) -> bool:
+        if self._name == "torch" and not hasattr(self._original, key):
+            return getattr(function, "__module__", "") == _PYTHON_FUNCTIONS
+        return key not in _NOT_COMPUTING
+
     def _search(self) -> Iterator[str]:
         for key, value in [*self._now.items()]:  # other threads may import parts of torch
             built_in = getattr(self._original, key, None)
             then = self._then.get(key, built_in)
             if isinstance(then, type) or not callable(then) or not callable(value):
+                continue
+            if not self._computes(key, then):
                 continue
             # Before the import, others may have replaced what torch has built in.
             known = value is then and built_in is None

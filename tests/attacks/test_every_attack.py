@@ -176,7 +176,7 @@ def test_targeted_attacks_reach_their_targets(name: str) -> None:
         reached = (model(attack(x, targets, **limits)).argmax(1) == targets).float().mean()
         before = (model(x).argmax(1) == targets).float().mean()
     assert before <= 0.02  # leaving the label for any of the nine others alike would make 0.11
-    assert reached > (0.2 if name.startswith("fgsm") else 0.35), reached
+    assert reached > (0.2 if name.startswith("fgsm") else 0.3), reached
 
 
 @pytest.mark.covering(facts=classes_with("norm"))

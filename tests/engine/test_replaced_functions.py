@@ -110,6 +110,17 @@ def test_what_torch_itself_brings_is_no_replacement(monkeypatch: pytest.MonkeyPa
     assert replaced_function() == "torch.nn.functional.gelu"
 
 
+@pytest.mark.parametrize(
+    "place, name",
+    [(torch, "compile"), (torch, "load"), (torch, "save"), (torch.Tensor, "__repr__")],
+)
+def test_functions_that_compute_nothing_may_be_replaced(
+    place: object, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, name, lambda *args: None)
+    assert replaced_function() is None
+
+
 def test_what_others_replaced_before_the_import_is_found() -> None:
     from fastadv.engine.replaced_functions import _Home
 
