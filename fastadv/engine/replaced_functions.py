@@ -43,15 +43,16 @@ class _Home:
     def __init__(self, name: str, place: Any, original: Any = None) -> None:
         self._name, self._now, self._original = name, vars(place), original
         self._then = {key: value for key, value in self._now.items() if callable(value)}
-        self._seen: list[Any] = []
-        self._found: str | None = None
+        # The values last seen and what was found in them: one attribute, as several threads may ask at once.
+        self._latest: tuple[list[Any], str | None] = ([], None)
 
     def replaced(self) -> str | None:
         """The name of a function that others have replaced; None if there is none."""
-        values = [*self._now.values()]
-        if values != self._seen:  # mostly the same objects, which are compared fast
-            self._seen, self._found = values, next(self._search(), None)
-        return self._found
+        values, (seen, found) = [*self._now.values()], self._latest
+        if values != seen:  # mostly the same objects, which are compared fast
+            found = next(self._search(), None)
+            self._latest = values, found
+        return found
 
     def _computes(self, key: str, function: Any) -> bool:
         if self._name == "torch" and not hasattr(self._original, key):
