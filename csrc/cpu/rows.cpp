@@ -1,7 +1,6 @@
 // Host side of the passes over rows of channels. Schemas: fastadv/engine/cpu_channels.py.
-#include "cpu/rows.h"
-
 #include "cpu/conv_tensor.h"
+#include "cpu/rows_float.h"
 
 namespace fastadv {
 namespace {
@@ -12,17 +11,32 @@ void check_processor() {
   TORCH_CHECK_VALUE(conv::supported(), "this operation needs a processor with AVX512-BF16");
 }
 
-// Dense bfloat16, in any order of axes that `like` has too.
-void check_narrow(const at::Tensor& t, const char* name, const at::Tensor& like) {
-  TORCH_CHECK_VALUE(t.scalar_type() == at::kBFloat16 && t.sizes() == like.sizes() &&
+// Dense, in any order of axes that `like` has too.
+template <class Stored = uint16_t>
+void check_like(const at::Tensor& t, const char* name, const at::Tensor& like) {
+  TORCH_CHECK_VALUE(t.scalar_type() == conv::kDtype<Stored> && t.sizes() == like.sizes() &&
                         t.strides() == like.strides() && t.is_non_overlapping_and_dense(),
-                    name, " must be dense bfloat16 with the shape and strides of x, ", like.sizes(),
-                    ", got ", t.scalar_type(), " of shape ", t.sizes());
+                    name, " must be dense ", conv::kName<Stored>,
+                    " with the shape and strides of x, ", like.sizes(), ", got ", t.scalar_type(),
+                    " of shape ", t.sizes());
 }
 
-uint16_t* bits(at::Tensor& t) { return static_cast<uint16_t*>(t.data_ptr()); }
-const uint16_t* bits(const at::Tensor& t) {
-  return static_cast<const uint16_t*>(t.const_data_ptr());
+// Calls f with a value of the type in which x is stored: a float, or the bits of bfloat16, which
+// not every processor has passes for.
+template <class F>
+void for_dtype(const at::Tensor& x, const F& f) {
+  if (x.scalar_type() == at::kFloat) return f(float{});
+  check_processor();
+  f(uint16_t{});
+}
+
+template <class Stored = uint16_t>
+Stored* bits(at::Tensor& t) {
+  return static_cast<Stored*>(t.data_ptr());
+}
+template <class Stored = uint16_t>
+const Stored* bits(const at::Tensor& t) {
+  return static_cast<const Stored*>(t.const_data_ptr());
 }
 
 Activation activation(int64_t kind) {
@@ -32,28 +46,31 @@ Activation activation(int64_t kind) {
 }
 
 void activation_(at::Tensor out, const at::Tensor& x, int64_t kind) {
-  check_processor();
-  check_narrow(x, "x", x);
-  check_narrow(out, "out", x);
   const Activation f = activation(kind);
-  at::parallel_for(0, x.numel(), kGrain,
-                   [&, to = bits(out), from = bits(x)](int64_t begin, int64_t end) {
-                     rows::activate(to + begin, from + begin, end - begin, f);
-                   });
+  for_dtype(x, [&]<class Stored>(Stored) {
+    check_like<Stored>(x, "x", x);
+    check_like<Stored>(out, "out", x);
+    at::parallel_for(
+        0, x.numel(), kGrain,
+        [&, to = bits<Stored>(out), from = bits<Stored>(x)](int64_t begin, int64_t end) {
+          rows::activate(to + begin, from + begin, end - begin, f);
+        });
+  });
 }
 
 void activation_backward_(at::Tensor out, const at::Tensor& gradient, const at::Tensor& x,
                           int64_t kind) {
-  check_processor();
-  check_narrow(x, "x", x);
-  check_narrow(out, "out", x);
-  check_narrow(gradient, "gradient", x);
   const Activation f = activation(kind);
-  at::parallel_for(
-      0, x.numel(), kGrain,
-      [&, to = bits(out), g = bits(gradient), from = bits(x)](int64_t begin, int64_t end) {
-        rows::activate_backward(to + begin, g + begin, from + begin, end - begin, f);
-      });
+  for_dtype(x, [&]<class Stored>(Stored) {
+    check_like<Stored>(x, "x", x);
+    check_like<Stored>(out, "out", x);
+    check_like<Stored>(gradient, "gradient", x);
+    Stored* to = bits<Stored>(out);
+    const Stored *g = bits<Stored>(gradient), *from = bits<Stored>(x);
+    at::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
+      rows::activate_backward(to + begin, g + begin, from + begin, end - begin, f);
+    });
+  });
 }
 
 rows::Norm norm_of(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -81,94 +98,102 @@ int64_t row_grain(int64_t channels) { return std::max<int64_t>(1, kGrain / 2 / c
 
 void rows_norm_(at::Tensor out, at::Tensor statistics, const at::Tensor& x,
                 const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
-  check_processor();
   const rows::Norm norm = norm_of(x, weight, bias, eps);
-  check_narrow(x, "x", x);
-  check_narrow(out, "out", x);
-  if (x.numel() == 0) return;
-  const int64_t count = x.numel() / norm.channels;
-  check_statistics(statistics, count);
-  float* kept = statistics.data_ptr<float>();
-  at::parallel_for(0, count, row_grain(norm.channels),
-                   [&, to = bits(out), from = bits(x)](int64_t begin, int64_t end) {
-                     const int64_t at = begin * norm.channels;
-                     rows::layer_norm(to + at, kept + 2 * begin, from + at, norm, end - begin);
-                   });
+  for_dtype(x, [&]<class Stored>(Stored) {
+    check_like<Stored>(x, "x", x);
+    check_like<Stored>(out, "out", x);
+    if (x.numel() == 0) return;
+    const int64_t count = x.numel() / norm.channels;
+    check_statistics(statistics, count);
+    float* kept = statistics.data_ptr<float>();
+    Stored* to = bits<Stored>(out);
+    const Stored* from = bits<Stored>(x);
+    at::parallel_for(0, count, row_grain(norm.channels), [&](int64_t begin, int64_t end) {
+      const int64_t at = begin * norm.channels;
+      rows::layer_norm(to + at, kept + 2 * begin, from + at, norm, end - begin);
+    });
+  });
 }
 
 void rows_norm_backward_(at::Tensor out, const at::Tensor& gradient, const at::Tensor& x,
                          const at::Tensor& statistics, const OptionalTensor& weight,
                          const OptionalTensor& add) {
-  check_processor();
   const rows::Norm norm = norm_of(x, weight, std::nullopt, 0);
-  check_narrow(x, "x", x);
-  check_narrow(out, "out", x);
-  check_narrow(gradient, "gradient", x);
-  if (add) check_narrow(*add, "add", x);
-  if (x.numel() == 0) return;
-  const int64_t count = x.numel() / norm.channels;
-  check_statistics(statistics, count);
-  const float* kept = statistics.const_data_ptr<float>();
-  const uint16_t* more = conv::stored<uint16_t>(add);
-  at::parallel_for(
-      0, count, row_grain(norm.channels),
-      [&, to = bits(out), g = bits(gradient), from = bits(x)](int64_t begin, int64_t end) {
-        const int64_t at = begin * norm.channels;
-        rows::layer_norm_backward(to + at, g + at, from + at, kept + 2 * begin,
-                                  more ? more + at : nullptr, norm, end - begin);
-      });
+  for_dtype(x, [&]<class Stored>(Stored) {
+    check_like<Stored>(x, "x", x);
+    check_like<Stored>(out, "out", x);
+    check_like<Stored>(gradient, "gradient", x);
+    if (add) check_like<Stored>(*add, "add", x);
+    if (x.numel() == 0) return;
+    const int64_t count = x.numel() / norm.channels;
+    check_statistics(statistics, count);
+    const float* kept = statistics.const_data_ptr<float>();
+    Stored* to = bits<Stored>(out);
+    const Stored *g = bits<Stored>(gradient), *from = bits<Stored>(x);
+    const Stored* more = conv::stored<Stored>(add);
+    at::parallel_for(0, count, row_grain(norm.channels), [&](int64_t begin, int64_t end) {
+      const int64_t at = begin * norm.channels;
+      rows::layer_norm_backward(to + at, g + at, from + at, kept + 2 * begin,
+                                more ? more + at : nullptr, norm, end - begin);
+    });
+  });
 }
 
 // Calls f(image) for the images of a channels-last map with gates [B, C].
-template <class F>
+template <class Stored, class F>
 void for_gates(const at::Tensor& x, const at::Tensor& gate, const F& f) {
-  check_processor();
   TORCH_CHECK_VALUE(x.dim() == 4, "x must have axes [B, C, H, W], got ", x.sizes());
-  conv::check_dense(x, "x", x.sizes());
-  TORCH_CHECK_VALUE(gate.scalar_type() == at::kBFloat16 && gate.is_contiguous() &&
+  conv::check_dense<Stored>(x, "x", x.sizes());
+  TORCH_CHECK_VALUE(gate.scalar_type() == conv::kDtype<Stored> && gate.is_contiguous() &&
                         gate.sizes() == at::IntArrayRef({x.size(0), x.size(1)}),
-                    "gate must be contiguous bfloat16 of shape [", x.size(0), ", ", x.size(1),
-                    "], got ", gate.sizes());
+                    "gate must be contiguous ", conv::kName<Stored>, " of shape [", x.size(0), ", ",
+                    x.size(1), "], got ", gate.scalar_type(), " of shape ", gate.sizes());
   at::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t image = begin; image < end; ++image) f(image);
   });
 }
 
 void channel_gate_(at::Tensor out, const at::Tensor& x, const at::Tensor& gate) {
-  conv::check_dense(out, "out", x.sizes());
-  const int64_t pixels = x.size(2) * x.size(3), channels = x.size(1);
-  for_gates(x, gate, [&, to = bits(out), from = bits(x), g = bits(gate)](int64_t image) {
-    const int64_t at = image * pixels * channels;
-    rows::gate(to + at, from + at, g + image * channels, pixels, channels);
+  for_dtype(x, [&]<class Stored>(Stored) {
+    conv::check_dense<Stored>(out, "out", x.sizes());
+    const int64_t pixels = x.size(2) * x.size(3), channels = x.size(1);
+    Stored* to = bits<Stored>(out);
+    const Stored *from = bits<Stored>(x), *g = bits<Stored>(gate);
+    for_gates<Stored>(x, gate, [&](int64_t image) {
+      const int64_t at = image * pixels * channels;
+      rows::gate(to + at, from + at, g + image * channels, pixels, channels);
+    });
   });
 }
 
 void channel_gate_backward_(at::Tensor out, at::Tensor sums, const at::Tensor& gradient,
                             const at::Tensor& x, const at::Tensor& gate) {
-  conv::check_dense(out, "out", x.sizes());
-  conv::check_dense(gradient, "gradient", x.sizes());
-  TORCH_CHECK_VALUE(
-      sums.scalar_type() == at::kFloat && sums.is_contiguous() && sums.sizes() == gate.sizes(),
-      "sums must be contiguous float32 of shape ", gate.sizes(), ", got ", sums.sizes());
-  const int64_t pixels = x.size(2) * x.size(3), channels = x.size(1);
-  float* into = sums.data_ptr<float>();
-  for_gates(
-      x, gate,
-      [&, to = bits(out), by = bits(gradient), from = bits(x), g = bits(gate)](int64_t image) {
-        const int64_t at = image * pixels * channels;
-        rows::gate_backward(to + at, into + image * channels, by + at, from + at,
-                            g + image * channels, pixels, channels);
-      });
+  for_dtype(x, [&]<class Stored>(Stored) {
+    conv::check_dense<Stored>(out, "out", x.sizes());
+    conv::check_dense<Stored>(gradient, "gradient", x.sizes());
+    TORCH_CHECK_VALUE(
+        sums.scalar_type() == at::kFloat && sums.is_contiguous() && sums.sizes() == gate.sizes(),
+        "sums must be contiguous float32 of shape ", gate.sizes(), ", got ", sums.sizes());
+    const int64_t pixels = x.size(2) * x.size(3), channels = x.size(1);
+    float* into = sums.data_ptr<float>();
+    Stored* to = bits<Stored>(out);
+    const Stored *by = bits<Stored>(gradient), *from = bits<Stored>(x), *g = bits<Stored>(gate);
+    for_gates<Stored>(x, gate, [&](int64_t image) {
+      const int64_t at = image * pixels * channels;
+      rows::gate_backward(to + at, into + image * channels, by + at, from + at,
+                          g + image * channels, pixels, channels);
+    });
+  });
 }
 
 // Checks the first channels of a channels-last map, and one with these channels alone; returns how
 // far apart the rows of the former lie.
+template <class Stored>
 int64_t row_stride(const at::Tensor& part, const char* name, const at::Tensor& whole) {
-  check_processor();
-  TORCH_CHECK_VALUE(
-      part.dim() == 4 && part.scalar_type() == at::kBFloat16 && part.sizes() == whole.sizes(), name,
-      " must be bfloat16 of shape ", whole.sizes(), ", got ", part.scalar_type(), " of shape ",
-      part.sizes());
+  TORCH_CHECK_VALUE(part.dim() == 4 && part.scalar_type() == conv::kDtype<Stored> &&
+                        part.sizes() == whole.sizes(),
+                    name, " must be ", conv::kName<Stored>, " of shape ", whole.sizes(), ", got ",
+                    part.scalar_type(), " of shape ", part.sizes());
   const int64_t pixels = part.size(2) * part.size(3);
   const int64_t stride = part.size(3) > 1   ? part.stride(3)
                          : part.size(2) > 1 ? part.stride(2)
@@ -189,31 +214,39 @@ void check_channels(const at::Tensor& t, const char* name, int64_t channels) {
 
 void strided_affine_(at::Tensor out, const at::Tensor& x, const at::Tensor& scale,
                      const at::Tensor& shift, bool relu) {
-  const int64_t stride = row_stride(x, "x", out), channels = out.size(1);
-  conv::check_dense(out, "out", x.sizes());
-  check_channels(scale, "scale", channels);
-  check_channels(shift, "shift", channels);
-  if (out.numel() == 0) return;
-  at::parallel_for(0, out.numel() / channels, row_grain(channels),
-                   [&, to = bits(out), from = bits(x)](int64_t begin, int64_t end) {
-                     rows::strided_affine(to + begin * channels, from + begin * stride, stride,
-                                          scale.const_data_ptr<float>(),
-                                          shift.const_data_ptr<float>(), relu, end - begin,
-                                          channels);
-                   });
+  for_dtype(out, [&]<class Stored>(Stored) {
+    const int64_t stride = row_stride<Stored>(x, "x", out), channels = out.size(1);
+    conv::check_dense<Stored>(out, "out", x.sizes());
+    check_channels(scale, "scale", channels);
+    check_channels(shift, "shift", channels);
+    if (out.numel() == 0) return;
+    Stored* to = bits<Stored>(out);
+    const Stored* from = bits<Stored>(x);
+    at::parallel_for(
+        0, out.numel() / channels, row_grain(channels), [&](int64_t begin, int64_t end) {
+          rows::strided_affine(to + begin * channels, from + begin * stride, stride,
+                               scale.const_data_ptr<float>(), shift.const_data_ptr<float>(), relu,
+                               end - begin, channels);
+        });
+  });
 }
 
 void strided_scale_(at::Tensor total, const at::Tensor& gradient, const at::Tensor& scale,
                     bool add) {
-  const int64_t stride = row_stride(total, "total", gradient), channels = gradient.size(1);
-  conv::check_dense(gradient, "gradient", total.sizes());
-  check_channels(scale, "scale", channels);
-  if (total.numel() == 0) return;
-  at::parallel_for(0, total.numel() / channels, row_grain(channels),
-                   [&, to = bits(total), from = bits(gradient)](int64_t begin, int64_t end) {
-                     rows::strided_scale(to + begin * stride, stride, from + begin * channels,
-                                         scale.const_data_ptr<float>(), add, end - begin, channels);
-                   });
+  for_dtype(gradient, [&]<class Stored>(Stored) {
+    const int64_t stride = row_stride<Stored>(total, "total", gradient);
+    const int64_t channels = gradient.size(1);
+    conv::check_dense<Stored>(gradient, "gradient", total.sizes());
+    check_channels(scale, "scale", channels);
+    if (total.numel() == 0) return;
+    Stored* to = bits<Stored>(total);
+    const Stored* from = bits<Stored>(gradient);
+    at::parallel_for(
+        0, total.numel() / channels, row_grain(channels), [&](int64_t begin, int64_t end) {
+          rows::strided_scale(to + begin * stride, stride, from + begin * channels,
+                              scale.const_data_ptr<float>(), add, end - begin, channels);
+        });
+  });
 }
 
 // The number of tokens of contiguous scores [..., N].
@@ -249,7 +282,7 @@ void attention_weights_(at::Tensor scores, const OptionalTensor& mask, double sc
 
 void attention_weights_backward_(at::Tensor gradient, const at::Tensor& weights, double scale) {
   const int64_t n = tokens_of(gradient);
-  check_narrow(weights, "weights", gradient);
+  check_like(weights, "weights", gradient);
   if (gradient.numel() == 0) return;
   at::parallel_for(0, gradient.numel() / n, row_grain(n),
                    [&, to = bits(gradient), from = bits(weights)](int64_t begin, int64_t end) {

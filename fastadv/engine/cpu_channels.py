@@ -1,7 +1,8 @@
 """Schemas of the native passes over channels of the attack engine's CPU programs; the code is in csrc/cpu.
 
-Like those of `fastadv.engine.cpu_convolution` they are parts of the engine, not ops for users. All are for
-processors with AVX512-BF16. Maps are dense channels-last bfloat16 [B, C, H, W], rows contiguous bfloat16 [..., C].
+Like those of `fastadv.engine.cpu_convolution` they are parts of the engine, not ops for users. Maps are dense
+channels-last [B, C, H, W], and rows are contiguous [..., C]. Both are bfloat16, on processors with AVX512-BF16.
+Activations, norms, gates and the strided passes take float32 as well, on any processor.
 
 * ``conv_depthwise_serves(tap_columns, in_step)``: whether ``conv_depthwise_`` has a form for these taps here.
 * ``conv_depthwise_(out, x, packed, first_tap, taps, steps, origin, bias, add, mask, relu)``: a depthwise
@@ -12,7 +13,7 @@ processors with AVX512-BF16. Maps are dense channels-last bfloat16 [B, C, H, W],
 * ``rows_norm_(out, statistics, x, weight, bias, eps)``: LayerNorm of rows; ``statistics`` [rows, 2] float32 keeps
   each row's mean and 1 / deviation. ``weight`` and ``bias``, float32 [C], may be None.
 * ``rows_norm_backward_(out, gradient, x, statistics, weight, add)``: its gradient in x, plus ``add`` unless None.
-* ``channel_gate_(out, x, gate)``: ``out = x * gate``, with ``gate`` bfloat16 [B, C].
+* ``channel_gate_(out, x, gate)``: ``out = x * gate``, with ``gate`` [B, C] in the dtype of x.
 * ``channel_gate_backward_(out, sums, gradient, x, gate)``: ``out = gradient * gate``; ``sums`` [B, C] float32 is
   the gradient in the gate.
 * ``strided_affine_(out, x, scale, shift, relu)``: ``out = relu(x * scale + shift)``, the ReLU optional; x is the
@@ -79,7 +80,7 @@ torch.library.define(
 
 
 def available() -> bool:
-    """Whether this processor has the passes above."""
+    """Whether this processor has the passes above in bfloat16."""
     return convolution.supported(convolution.VECTOR, 1)
 
 

@@ -54,7 +54,7 @@ def rows_steps(
 ) -> list[ProgramStep]:
     """Steps for nodes that are not covered yet; they are covered then.
 
-    In float32 these are views and sums alone. There are no steps where the processor has no kernel.
+    In float32 linear layers and attention have none. There are no steps where the processor has no kernel.
 
     Args:
         copy: whose graph it is.
@@ -64,7 +64,7 @@ def rows_steps(
         relu_behind: the ReLU that alone uses a node.
     """
     if not copy.is_narrow:
-        return _float_steps(copy, nodes, covered)
+        return _float_steps(copy, nodes, parts, covered, relu_behind)
     if not (cpu_channels.available() and convolution.onednn_available()):
         return []
     steps = dense_steps(nodes, parts, covered, relu_behind)
@@ -91,14 +91,25 @@ def rows_steps(
 
 
 def _float_steps(
-    copy: AttackCopy, nodes: list[fx.Node], covered: set[fx.Node]
+    copy: AttackCopy,
+    nodes: list[fx.Node],
+    parts: dict[fx.Node, nn.Module],
+    covered: set[fx.Node],
+    relu_behind: Callable[[fx.Node], fx.Node | None],
 ) -> list[ProgramStep]:
     """The part of `rows_steps` for float32."""
     if not convolution.available() or copy.dtype != torch.float32:
         return []
-    steps: list[ProgramStep] = []
+    steps = dense_steps(nodes, parts, covered, relu_behind)
     for node in nodes:
-        step = None if node in covered else _view_step(node, copy) or _sum_step(node, copy)
+        if node in covered:
+            continue
+        step = (
+            _norm_step(node, parts.get(node), copy)
+            or _activation_step(node, copy)
+            or _view_step(node, copy)
+            or _pair_step(node, copy)
+        )
         if step is not None:
             steps.append(step)
             covered.add(node)

@@ -78,12 +78,12 @@ class DenseNormStep(ProgramStep):
         if maps.gradient is None:
             maps.gradient = run.memory.take(maps.results.shape)
             maps.gradient[:, self._channels :] = 0
-        at_all = maps.gradient[:, : self._channels]
-        _OPS.strided_scale_(at_all, as_buffer(run.gradient(self.node)), scale, add)
+        at_all, gradient = maps.gradient[:, : self._channels], run.gradient(self.node)
+        _OPS.strided_scale_(at_all, as_buffer(gradient, run.memory.dtype), scale, add)
         end = self._channels
         for source in reversed(self.inputs):
             first = end - run.values[source].shape[1]
-            run.arrive_tensor(source, as_buffer(maps.gradient[:, first:end]))
+            run.arrive_tensor(source, as_buffer(maps.gradient[:, first:end], run.memory.dtype))
             end = first
 
 

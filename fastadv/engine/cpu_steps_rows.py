@@ -1,7 +1,7 @@
 """Steps of a program on rows of channels: linear layers, LayerNorm, activations, sums, and views.
 
-Such steps are for bfloat16 on processors with AVX512-BF16. Sums and views are for float32, too. Where an input is
-not of the kind that a step serves, it runs as a `PlainStep` does.
+Such steps are for bfloat16 on processors with AVX512-BF16. All but linear layers are for float32 on any processor,
+too. Where an input is not of the kind that a step serves, it runs as a `PlainStep` does.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class ActivationStep(PlainStep):
     def forward(self, run: Pass) -> None:
         """One pass."""
         x = run.values[self._x]
-        if not (is_narrow(x) and is_dense(x)):
+        if not (isinstance(x, Tensor) and x.dtype == run.memory.dtype and is_dense(x)):
             super().forward(run)
             return
         out = take_like(run.memory, x)
@@ -111,11 +111,12 @@ class LayerNormStep(PlainStep):
 
     def forward(self, run: Pass) -> None:
         """One pass; each row's mean and deviation are kept."""
-        x = run.values[self._x]
-        if not is_rounded(x) or x.shape[-1] != self._channels:
+        x, dtype = run.values[self._x], run.memory.dtype
+        fits = is_rounded(x) and (dtype == torch.bfloat16 or x.dtype == dtype)
+        if not fits or x.shape[-1] != self._channels:
             super().forward(run)
             return
-        x = x.to(torch.bfloat16).contiguous()
+        x = x.to(dtype).contiguous()
         out = take_like(run.memory, x)
         statistics = torch.empty(x.shape[:-1].numel(), 2, dtype=torch.float32, device=x.device)
         _OPS.rows_norm_(out, statistics, x, self._weight, self._bias, self._eps)
@@ -336,7 +337,9 @@ class GateStep(PlainStep):
     def _map_and_gate(self, run: Pass) -> tuple[fx.Node, fx.Node] | None:
         for x, gate in (self.inputs, reversed(self.inputs)):
             wide, narrow = run.values[x], run.values[gate]
-            if not (is_narrow(wide) and is_narrow(narrow) and wide.dim() == narrow.dim() == 4):
+            if not all(isinstance(t, Tensor) and t.dim() == 4 for t in (wide, narrow)):
+                continue
+            if wide.dtype != run.memory.dtype or narrow.dtype != run.memory.dtype:
                 continue
             several = wide.shape[2] * wide.shape[3] > 1
             fits = narrow.shape == (*wide.shape[:2], 1, 1)

@@ -57,7 +57,7 @@ address)
     tests/ops/test_softmax_losses.py tests/ops/test_vanilla_feature_distillation.py
     tests/engine/test_convolution.py tests/engine/test_float_convolution.py tests/engine/test_float_gathering.py
     tests/engine/test_float_program.py tests/engine/test_program.py tests/engine/test_tile_convolution.py
-    tests/engine/test_cpu_training.py tests/engine/test_channels.py tests/engine/test_cached_recording.py
+    tests/engine/test_cpu_training.py tests/engine/test_channels.py tests/engine/test_float_channels.py tests/engine/test_cached_recording.py
     tests/attacks/test_apgd_advance.py tests/attacks/test_attack_l1.py tests/attacks/test_projections.py
     tests/attacks/test_square_points.py tests/data/test_loader.py tests/fuzz/test_fuzz.py
     -m "not compiles")
