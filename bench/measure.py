@@ -105,6 +105,12 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else repr(error)
 
 
+def image_shape(text: str) -> tuple[int, int, int]:
+    """Channels, height and width from a word such as 3x32x32."""
+    channels, height, width = (int(part) for part in text.split("x"))
+    return channels, height, width
+
+
 def calls_for(run: Callable[[], object], device: torch.device, seconds: float) -> int:
     """The number of calls that together last about `seconds`; at least 1."""
     run()

@@ -44,6 +44,7 @@ class Options:
         ops: names of the ops; all others are left out.
         backends: which to measure beside the eager reference; empty = all there are.
         part: only rows whose name contains it.
+        until: the time, by `time.perf_counter`, from which on no row begins.
     """
 
     device: str = "cpu"
@@ -51,6 +52,7 @@ class Options:
     ops: tuple[str, ...] = tuple(REGISTRY)
     backends: tuple[str, ...] = ()
     part: str = ""
+    until: float = float("inf")
 
     def backends_of(self, op: Op) -> list[str]:
         """The backends to measure for an op, the eager reference always among them."""

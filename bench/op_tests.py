@@ -21,12 +21,22 @@ MORE_FILES = {"pgd_step": ("test_pgd_step_l1.py",)}
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def failures(ops: Collection[str], device: str = "cpu") -> dict[str, str]:
+def failures(
+    ops: Collection[str],
+    device: str = "cpu",
+    seconds: float | None = None,
+    ended: Path | None = None,
+) -> dict[str, str]:
     """Run the tests of ops on a device in a process of their own; why each op that does not pass does not.
+
+    With ``seconds`` they run without --thorough. If they have not ended by then, no op has passed. ``ended`` is
+    the report, by pytest's --junitxml, of a run on this device that has ended; then no test runs.
 
     An op's tests are those in tests/ops/test_ops.py that bear its name and look at its results, and the file of
     its family. A test marked `every_op` counts for all; an op without a passed test does not pass.
     """
+    if ended is not None:
+        return _refused(ops, ended)
     cases = [case for case in CASES.values() if case.op in ops]
     files = {"test_ops.py", *(file for case in cases for file in _files(case.family))}
     named = " or ".join(f"[{op}/" for op in sorted({case.op for case in cases}))
@@ -35,17 +45,30 @@ def failures(ops: Collection[str], device: str = "cpu") -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         parallel = _in_parallel()
-        command = [sys.executable, "-m", "pytest", "--thorough", "-k", chosen, *parallel]
+        command = [sys.executable, "-m", "pytest", "-k", chosen, *parallel]
+        command += ["--thorough"] if seconds is None else []
         place = "gpu" if device == "cuda" else "not gpu"
         command += ["-m", f"{place} and not ({LEFT_OUT})"]
         command += [f"--junitxml={report}", *(f"tests/ops/{name}" for name in sorted(files))]
         threads = {"OMP_NUM_THREADS": "1"} if parallel else {}
-        finished = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, **threads}, capture_output=True, text=True
-        )
+        try:
+            finished = subprocess.run(
+                command,
+                cwd=ROOT,
+                env={**os.environ, **threads},
+                capture_output=True,
+                text=True,
+                timeout=seconds,
+            )
+        except subprocess.TimeoutExpired:
+            return dict.fromkeys(ops, f"the tests did not end in {seconds:.0f} s")
         if not report.is_file():
             return dict.fromkeys(ops, f"the tests did not run: {finished.stdout[-500:]}")
-        tests = list(ElementTree.parse(report).iter("testcase"))
+        return _refused(ops, report)
+
+
+def _refused(ops: Collection[str], report: Path) -> dict[str, str]:
+    tests = list(ElementTree.parse(report).iter("testcase"))
     return {op: why for op in ops if (why := _why_refused(op, tests))}
 
 

@@ -27,6 +27,8 @@ Before it is timed, commonly written code must agree with the op, or the row is 
 How long it takes. A row's rounds last 1 s at the most, shared among the candidates, of which each gets 3 rounds at
 the least (2 if a call lasts over a second); every candidate that is compiled adds about 4 s. The estimate for the
 rows chosen is printed at the start: on 2 quiet cores 4 minutes for 43 rows, 10 for 150, and 1 to 2 for the tests.
+With --seconds the tests run without --thorough, and get half of the time. No row begins when the time is over, and
+each row that is left out is named.
 
 Page faults. Arguments are allocated once; results are fresh, as in use, but the C library is told to keep freed
 memory and every candidate has run before, so that no page is touched for the first time (on CUDA torch's
@@ -46,6 +48,7 @@ import argparse
 import json
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -198,6 +201,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--backend", action="append", choices=("native", "triton", "reference"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="one shape of each op")
+    told = (
+        "the report (--junitxml) of a run of tests/ops on the device that has ended: run no tests"
+    )
+    parser.add_argument("--tests", type=Path, metavar="FILE", help=told)
+    parser.add_argument("--seconds", type=float, help="for all of it, about; no limit by default")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--compare", type=Path, help="an earlier JSON of this benchmark")
     parser.add_argument("--markdown", type=Path, help="print this JSON's tables; measure nothing")
@@ -213,8 +221,9 @@ def main() -> int:
         print(op_report.markdown(json.loads(args.markdown.read_text())))
         return 0
     earlier = json.loads(args.compare.read_text()) if args.compare else None
-    options = Options(args.device, args.quick, args.op, tuple(args.backend or ()), args.rows)
-    options, refused = _without_failing(options)
+    until = float("inf") if args.seconds is None else time.perf_counter() + args.seconds
+    options = Options(args.device, args.quick, args.op, tuple(args.backend or ()), args.rows, until)
+    options, refused = _without_failing(options, args.seconds, args.tests)
     chosen = list(rows(options))
     if not chosen:
         return 1
@@ -237,13 +246,15 @@ def main() -> int:
     return 1 if results["refused"] else 0
 
 
-def _without_failing(options: Options) -> tuple[Options, dict[str, str]]:
-    """The options less the ops whose tests fail, and why they do."""
+def _without_failing(
+    options: Options, seconds: float | None = None, ended: Path | None = None
+) -> tuple[Options, dict[str, str]]:
+    """The options less the ops whose tests fail, and why they do; the tests get half of ``seconds``."""
     ops = tuple(dict.fromkeys(row.case.op for row in rows(options)))
     if not ops:
         raise SystemExit(f"--rows: no row's name contains {options.part!r}")
     print(f"testing {len(ops)} ops", flush=True)
-    refused = failures(ops, options.device)
+    refused = failures(ops, options.device, None if seconds is None else seconds / 2, ended)
     for op, why in refused.items():
         print(f"refused: {op}: {why}", flush=True)
     passed = tuple(op for op in ops if op not in refused)

@@ -40,6 +40,7 @@ from measure import (
     Seconds,
     at_most,
     first_line,
+    image_shape,
     interleave,
     machine,
     machine_line,
@@ -311,16 +312,11 @@ def draw(parts: list[dict[str, Any]], caption: str, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _shape(text: str) -> tuple[int, int, int]:
-    channels, height, width = (int(part) for part in text.split("x"))
-    return channels, height, width
-
-
 def parse_arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="resnet18", help="a name fastadv.models knows")
     parser.add_argument("--batch", type=int, default=64, help="images per batch")
-    parser.add_argument("--image", type=_shape, default=(3, 32, 32), help="CxHxW, 3x32x32")
+    parser.add_argument("--image", type=image_shape, default=(3, 32, 32), help="CxHxW, 3x32x32")
     parser.add_argument("--steps", type=int, default=10, help="attack steps, K")
     rounds = (
         "counted rounds (3; quick: 1; on a GPU tenfold); a loop of over 5 s gets two at the most"

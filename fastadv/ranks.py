@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -119,26 +119,29 @@ class Ranks:
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             same = [tensor for tensor in tensors if tensor.dtype == dtype]
             packed = pack(same)
+            # As bytes, since neither gloo nor nccl sends int16 and all complex numbers.
             with communicating():
-                dist.broadcast(packed, 0)
+                dist.broadcast(_as_bytes(packed), 0)
             unpack(packed, same)
 
     def gather(self, part: Tensor) -> Tensor:
         """Return the parts of all ranks, which have one shape, one after the other."""
         if self.world_size == 1:
             return part
-        part = part.contiguous()
-        parts = [torch.empty_like(part) for _ in range(self.world_size)]
-        with communicating():
-            dist.all_gather(parts, part)
-        return torch.cat(parts)
+        own = part.to(self.device).contiguous()  # nccl sends nothing from the CPU's memory
+        parts = [torch.empty_like(own) for _ in range(self.world_size)]
+        with communicating():  # as bytes, see `broadcast`
+            dist.all_gather([_as_bytes(one) for one in parts], _as_bytes(own))
+        return torch.cat(parts).to(part.device)
 
     def gather_objects(self, own: T) -> list[T]:
         """Return the object of each rank, in the order of the ranks."""
         if self.world_size == 1:
             return [own]
         found: list[T] = [own] * self.world_size
-        with communicating():
+        # nccl sends objects through the current GPU, which a caller with a group of its own need not have set.
+        on_gpu = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with on_gpu, communicating():
             dist.all_gather_object(found, own)
         return found
 
@@ -162,10 +165,12 @@ class Ranks:
                     )
 
     def wait(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait until all ranks are here.
+
+        No rank has the sum before each has sent its part. A barrier of nccl would guess which GPU is this rank's.
+        """
         if self.world_size > 1:
-            with communicating():
-                dist.barrier()
+            self.sum(torch.zeros(1, device=self.device)).tolist()
 
 
 def group_of_caller(device: torch.device) -> Ranks:
@@ -243,6 +248,11 @@ def _store(rank: int, count: int, timeout: timedelta) -> dist.Store:
     )
     attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
     return dist.PrefixStore(f"fastadv_{attempt}_{next(_groups)}", store)
+
+
+def _as_bytes(t: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor, on its memory."""
+    return t.view(-1).view(torch.uint8)
 
 
 def pack(tensors: Sequence[Tensor | None]) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from gpu_rehearsal.build import HERE, build, missing
@@ -24,6 +27,31 @@ CHOSEN = (
     "rehearsed or does_not_wait or order_of or failed_recording or ghosts or nothing_that_changes "
     "or (bits and (pgd-linf or cw-l2)) or (first_loss and (arrest or las_at)) or (resumed and arrest)"
 )
+
+
+def test_each_stage_of_the_script_for_gpus_ends_in_order(
+    pytestconfig: pytest.Config, tmp_path: Path
+) -> None:
+    if not pytestconfig.option.thorough:
+        pytest.skip("takes minutes; runs with --thorough")
+    build()
+    everywhere = str(HERE / "everywhere")
+    found = environment(PYTHON=sys.executable, PYTEST_PLUGINS="gpu_rehearsal.plugin")
+    found["PYTHONPATH"] = os.pathsep.join((everywhere, found["PYTHONPATH"]))
+    found["PATH"] = os.pathsep.join((everywhere, found["PATH"]))
+    stages = ["build", "smoke", "test", "sanitize", "ops", "throughput"]
+    command = ["bash", "bench/gpu.sh", "-r", "-s", "3000", str(tmp_path), *stages]
+    done = subprocess.run(command, env=found, cwd=ROOT, capture_output=True, text=True)
+    lines = (tmp_path / "summary.txt").read_text().split("\n")
+    told = [" ".join(line.split()[:2]) for line in lines]
+    # There is no NCCL for the last check of the smoke test, and no test of an op for the ops.
+    passed = [f"{name} passed" for name in ("test", "memcheck", "racecheck")]
+    wanted = ["build passed", "smoke failed", *passed, "ops failed", "throughput passed"]
+    assert told[1:-1] == wanted, done.stdout[-8000:]
+    assert "refused: pgd_step_: it has no test" in done.stdout
+    failed = json.loads((tmp_path / "smoke.json").read_text())["checks"]
+    assert [name for name, check in failed.items() if not check["passed"]] == ["parallel"]
+    assert "GPU rehearsal:" not in (tmp_path / "log.txt").read_text()
 
 
 def test_tests_for_gpus_pass_on_the_pretended_gpu(pytestconfig: pytest.Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -138,16 +139,47 @@ def is_steady(
     """
     unchanged = [] if recording is None else counted_weights(recording)
     began = proof.seconds()
+
+    def does_the_same(call: int) -> bool:
+        found = cached.again(model, unchanged)
+        if call == 0:
+            # A whole proof is this pass and the hash of the weights, whose time is in `cached` already.
+            cached.seconds += proof.seconds() - began
+        return found
+
+    return _every_call(model, tape, cached.images, does_the_same)
+
+
+def repeats(model: nn.Module, tape: Tape, recording: Recording, like: Recording) -> bool:
+    """As `is_steady`, of a model whose recordings cannot be cached, as on a GPU.
+
+    Args:
+        model: the model.
+        tape: its operations.
+        recording: a recording that the tape describes.
+        like: a recording with values.
+    """
+    images, careful = recording.images.detach(), tape.own_functions
+
+    def does_the_same(_: int) -> bool:
+        again = outlined(model, images, like, careful=careful)
+        again = again or recorded(model, images, careful=careful)
+        return tape.describes(again) and same_tensors(recording, again)
+
+    return _every_call(model, tape, images, does_the_same)
+
+
+def _every_call(
+    model: nn.Module, tape: Tape, images: Tensor, does_the_same: Callable[[int], bool]
+) -> bool:
+    """Whether a model does the same in several calls in a row: more of them if it counts them."""
     with recording_mode(model):
-        warm_up(model, cached.images, tape.warmup)
+        warm_up(model, images, tape.warmup)
         before, calls, done = plain_state(model), _CALLS, 0
         while done < calls:
-            if not cached.again(model, unchanged):
+            if not does_the_same(done):
                 return False
             done += 1
-            if done == 1:
-                # A whole proof is this pass and the hash of the weights, whose time is in `cached` already.
-                cached.seconds += proof.seconds() - began
             if done == 1 and plain_state(model) != before:
                 calls = _COUNTED_CALLS
     return True

@@ -24,7 +24,7 @@ from fastadv.engine.copy import AttackCopy
 from fastadv.engine.counters import plain_state
 from fastadv.engine.engines import channels_last
 from fastadv.engine.errors import Unrecordable
-from fastadv.engine.first_recordings import is_steady, tape_now
+from fastadv.engine.first_recordings import is_steady, repeats, tape_now
 from fastadv.engine.forward_pass import ForwardPass
 from fastadv.engine.layers import CopiedConv2d
 from fastadv.engine.network_lock import locked
@@ -73,7 +73,11 @@ class ForwardCopy:
             if self._tape.autocast:
                 raise Unrecordable("its forward enters autocast")
             cached = CachedRecording.of(recording, self._tape.warmup)
-            if cached is not None and not is_steady(self._whole, self._tape, cached):
+            if cached is not None:
+                steady = is_steady(self._whole, self._tape, cached)
+            else:
+                steady = repeats(self._whole, self._tape, recording, recording)
+            if not steady:
                 raise Unrecordable("its operations change from call to call")
             pack = dtype == torch.bfloat16 and x.device.type in _PACKED_ON
             try:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.utils.checkpoint
 
 if TYPE_CHECKING:
     from fastadv.engine.recorder import Recorder
@@ -37,6 +38,14 @@ def reads_for_itself(function: Any, frame: types.FrameType) -> bool:
         return False
     asked = getattr(function.__self__, "__name__", "") in _ABOUT_GRADIENTS
     return asked and not str(frame.f_globals.get("__name__", "")).startswith("torch.")
+
+
+def is_checkpoint(frame: types.FrameType) -> bool:
+    """Whether a frame is one of torch's checkpoints.
+
+    In torch 2.11 a checkpoint keeps its inputs in the `grad_fn` of a tensor without elements.
+    """
+    return frame.f_globals.get("__name__") == torch.utils.checkpoint.__name__
 
 
 @contextmanager
@@ -85,7 +94,8 @@ def forward_codes() -> dict[int, Any]:
         cls = waiting.pop()
         waiting.extend(cls.__subclasses__())
         code = getattr(cls.forward, "__code__", None)
-        if code is not None:
+        # It computes nothing: a checkpoint of torch 2.11 keeps its inputs with it.
+        if code is not None and cls.__name__ != "_NoopSaveInputs":
             codes.setdefault(id(code), cls)
     return codes
 

@@ -21,7 +21,7 @@ from fastadv.engine import recorded_functions as functions
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.hidden_draws import may_hide_draws, watched_for_draws
 from fastadv.engine.operands import leads_to, tensors_in, version_of
-from fastadv.engine.own_functions import reads_for_itself, sees_own_functions
+from fastadv.engine.own_functions import is_checkpoint, reads_for_itself, sees_own_functions
 from fastadv.engine.recorded_places import NOTHING, Places
 from fastadv.engine.recording import RecordedOp, Recording, Ref, item, refs
 from fastadv.engine.recording_mode import recording_mode, warm_up, without_graph
@@ -169,7 +169,8 @@ class Recorder(TorchFunctionMode):
                 found = func(*args, **kwargs)
                 self._check_what_is_read("shape", [args[0]])
                 return watched(found, self._comparisons)
-            if read == "grad_fn":  # which takes hooks that nobody sees
+            # Which takes hooks that nobody sees.
+            if read == "grad_fn" and not is_checkpoint(caller):
                 raise self._refuse("its forward looks into the graph of its gradients")
             if read not in functions.TENSOR_PROPERTIES:
                 asks = reads_for_itself(func, caller) and not self._places.depends(args[0])

@@ -30,6 +30,7 @@ from fastadv.engine.first_recordings import (
     finite,
     is_steady,
     record_few,
+    repeats,
     tape_now,
     whole,
 )
@@ -271,7 +272,11 @@ def _build(
     live = None if wins else proof.evidence_of(recording, model, precision)
     few = None if tape.only_batch else record_few(model, x, tape, recording)
     cached = None if few is None else CachedRecording.of(few, tape.warmup)
-    if cached is not None and not is_steady(model, tape, cached, few):
+    if cached is not None:
+        steady = is_steady(model, tape, cached, few)
+    else:
+        steady = repeats(model, tape, recording if few is None else few, recording)
+    if not steady:
         raise Unrecordable("its operations change from call to call")
     reference = LiveReference(model, x, tape, precision, recording, live, few is not None)
     failures = []

@@ -66,20 +66,22 @@ def build_method(
     """
     dtype, timer = autocast_dtype(recipe.precision, device), PhaseTimer(device)
     check_classes(model, splits, device, dtype)
-    builder = _model_builder(splits.train, recipe, device, ranks)
+    builder = _model_builder(method, splits.train, recipe, device, ranks)
     runtime = Runtime(device, dtype, timer, ranks, builder, name)
     frozen = {key: _on_device(one, recipe, device) for key, one in teachers.items()}
     return method(recipe, model, runtime, frozen)
 
 
 def _model_builder(
-    data: Images, recipe: Recipe, device: torch.device, ranks: Ranks
+    method: MethodClass, data: Images, recipe: Recipe, device: torch.device, ranks: Ranks
 ) -> Callable[[str], nn.Module]:
     """Return a function that builds further models by name, on the run's device and in its memory layout."""
 
     def build(name: str) -> nn.Module:
         model = _on_device(create_model(name, data.num_classes, data.in_channels), recipe, device)
-        return with_synced_norms(model, ranks) if recipe.sync_bn else model
+        if not recipe.sync_bn:
+            return model
+        return with_synced_norms(model, ranks, method.differentiates_twice)
 
     return build
 

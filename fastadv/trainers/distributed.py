@@ -114,19 +114,28 @@ def _send(bucket: Sequence[nn.Parameter]) -> tuple[Tensor, Any]:
         return packed, dist.all_reduce(packed, async_op=True)
 
 
-def with_synced_norms(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """Return the model with BatchNorm over the global batch in training mode, in place where possible."""
+def with_synced_norms(model: nn.Module, ranks: Ranks, twice: bool = False) -> nn.Module:
+    """Return the model with BatchNorm over the global batch in training mode, in place where possible.
+
+    Args:
+        model: the model.
+        ranks: the ranks whose batches make up the global batch.
+        twice: whether the loss is differentiated twice, which torch's kernels for GPUs do not support.
+    """
     if ranks.world_size == 1:
         return model
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
-        if type(module) is nn.SyncBatchNorm and ranks.device.type == "cpu":
-            module.__class__ = CPUSyncBatchNorm  # it has the same attributes
+        if type(module) is nn.SyncBatchNorm and (twice or ranks.device.type == "cpu"):
+            module.__class__ = OwnSyncBatchNorm  # it has the same attributes
     return model
 
 
-class CPUSyncBatchNorm(nn.SyncBatchNorm):
-    """SyncBatchNorm for CPU tensors, which torch's class refuses in training mode; batches need equal sizes."""
+class OwnSyncBatchNorm(nn.SyncBatchNorm):
+    """SyncBatchNorm of plain operations, for CPU tensors and second derivatives; batches need equal sizes.
+
+    In training mode torch's class refuses CPU tensors, and its kernels for GPUs have no second derivative.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise [B, C, ...] by the mean and variance of each channel over all ranks."""

@@ -69,6 +69,7 @@ class GradAlign(PGDAT[GradAlignRecipe]):
     supports = frozenset({"label_smoothing", "extra_weight"})
     recipe_class = GradAlignRecipe
     bn_updates = 3
+    differentiates_twice = True
 
     def training_loss(self, batch: TrainBatch, adv: Attacked) -> LossResult:
         """Return the cross-entropy of the attacked images and the regulariser."""

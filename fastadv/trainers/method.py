@@ -154,6 +154,7 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
             A class that defines another loss does not inherit this.
         takes_soft_labels: whether a method that supports "label_smoothing" can also be trained on mixed labels.
             Its attack and all other code that reads labels then accept soft labels.
+        differentiates_twice: whether the loss contains gradients that are differentiated themselves.
         halves: models whose halves the method has run, for `check_halves` after the first iteration.
     """
 
@@ -162,6 +163,7 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
     bn_updates: int = 1
     supports: ClassVar[frozenset[str]] = frozenset()
     takes_soft_labels: ClassVar[bool] = True
+    differentiates_twice: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

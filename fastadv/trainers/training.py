@@ -173,7 +173,7 @@ def train(
         templates = teacher_templates(method_class, recipe, teacher_model, network, splits.train)
         frozen = load_teachers(method_class, templates, teacher, run if resume else None)
         if recipe.sync_bn:
-            network = with_synced_norms(network, ranks)
+            network = with_synced_norms(network, ranks, method_class.differentiates_twice)
         trainer = build_method(method_class, recipe, network, name, frozen, splits, where, ranks)
         description = _description(method_class, recipe, network, name, frozen, splits.train, extra)
         # Else each process would train a model of its own, or wait for the others without end.

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
@@ -67,6 +68,34 @@ def test_one_wrong_op_fails_and_the_rest_still_runs(
     passed = {name: check["passed"] for name, check in found["checks"].items()}
     assert passed == {"build": True, "ops": False, "graph": True, "arrest": True, "parallel": True}
     assert "softmax_losses/dlr" in found["checks"]["ops"]["told"]
+
+
+def test_the_headline_is_there_before_ranks_are_asked_that_may_not_answer(
+    monkeypatch: pytest.MonkeyPatch, task: Task, tmp_path: Path
+) -> None:
+    def interrupted(_: Task) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_smoke, "check_parallel", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rehearse(monkeypatch, task, tmp_path)
+    assert json.loads((tmp_path / "smoke.json").read_text())["headline"]["images_per_second"]
+
+
+def test_a_headline_that_fails_leaves_the_checks(
+    monkeypatch: pytest.MonkeyPatch, task: Task, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu_smoke, "build_all", lambda *_: 1 / 0)
+    status, found = rehearse(monkeypatch, task, tmp_path)
+    assert status == 1 and all(check["passed"] for check in found["checks"].values())
+
+
+def test_sums_of_the_ranks_that_are_wrong_are_found(
+    monkeypatch: pytest.MonkeyPatch, task: Task
+) -> None:
+    monkeypatch.setattr(dist, "all_reduce", lambda t, *_, **__: t.mul_(2))
+    with gpu_smoke.process_group("gloo"), pytest.raises(gpu_smoke.Failed, match="mean"):
+        gpu_smoke.check_collectives(task)
 
 
 def test_graph_that_differs_is_named(monkeypatch: pytest.MonkeyPatch, task: Task) -> None:

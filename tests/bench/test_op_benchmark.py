@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,27 @@ def test_tests_on_another_device_say_nothing(
     _suite(tmp_path, monkeypatch, **files)
     ops = ["pgd_step", "crop_flip"]
     assert (set(failures(ops)), set(failures(ops, "cuda"))) == (set(), {"pgd_step"})
+
+
+def test_ops_whose_tests_do_not_end_in_time_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from op_tests import failures
+
+    _suite(tmp_path, monkeypatch, **EMPTY_FAMILIES, test_ops="import time; time.sleep(60)")
+    assert failures(["pgd_step"], seconds=1) == {"pgd_step": "the tests did not end in 1 s"}
+
+
+def test_the_report_of_tests_that_have_run_serves(tmp_path: Path) -> None:
+    from op_tests import failures
+
+    names = ("test_a[pgd_step/linf]", "test_a[crop_flip/plain]")
+    cases = [f'<testcase classname="tests.ops.test_ops" name="{name}"' for name in names]
+    report = tmp_path / "report.xml"
+    report.write_text(f"<testsuite>{cases[0]}/>{cases[1]}><failure/></testcase></testsuite>")
+    found = failures(["pgd_step", "crop_flip", "random_start"], ended=report)
+    assert found["crop_flip"].startswith("1 of 1") and found["random_start"] == "it has no test"
+    assert "pgd_step" not in found
 
 
 def test_every_op_is_measured_in_both_directions() -> None:
@@ -256,6 +278,8 @@ def test_what_cannot_be_measured_is_told_with_its_reason(monkeypatch: pytest.Mon
     found = op_times.measured(row, Options(quick=True))
     assert found.missing == {"copy": "RuntimeError: no such thing"}
     assert set(found.facts) == {"native", "reference"} and not found.refused
+    late = op_times.measured(row, Options(quick=True, until=time.perf_counter()))
+    assert set(late.missing) == {"native", "reference", "copy"} and not late.facts
     monkeypatch.setattr(op_times, "workload", lambda row: 1 / 0)
     broken = op_times.measured(Row(CASES["pgd_step/l2"], Spec((1, 3))), Options(quick=True))
     assert broken.refused.startswith("ZeroDivisionError") and not broken.facts

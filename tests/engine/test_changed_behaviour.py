@@ -17,6 +17,7 @@ from foreign_models import Pooled, conv
 from torch import Tensor, nn
 
 import fastadv
+from fastadv.engine.cached_recording import CachedRecording
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,6 +78,18 @@ class TakesTurns(nn.Module):
 def test_members_that_take_turns_run_live(every: int, counter: str) -> None:
     attack = fastadv.PGD(TakesTurns(every, counter), steps=1)
     assert attack.engine_for(images(8)).name == "eager"
+
+
+@pytest.mark.parametrize("every", [5, 12, 50])
+@pytest.mark.filterwarnings("ignore:fastadv attacks this model with the eager engine")
+def test_members_that_take_turns_run_live_where_recordings_are_not_cached(
+    every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU. There a copy would be the member of one turn for a whole attack."""
+    monkeypatch.setattr(CachedRecording, "of", lambda *_: None)
+    attack = fastadv.PGD(TakesTurns(every, "object"), steps=1)
+    assert attack.engine_for(images(8)).name == "eager"
+    assert fastadv.PGD(net(), steps=1).engine_for(images(8)).name == "compiled"
 
 
 class Routed(nn.Module):

@@ -4,7 +4,6 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
-#include <torch/library.h>
 
 #include <chrono>
 #include <set>
@@ -219,10 +218,10 @@ C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, rehearsal::Hooks)  // torch ask
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-using namespace rehearsal;
+namespace rehearsal {
 
 EXPORT void rehearsal_start() {
-  static rehearsal::Allocator allocator;
+  static Allocator allocator;
   c10::SetAllocator(c10::DeviceType::CUDA, &allocator);
 }
 
@@ -296,3 +295,5 @@ EXPORT const char* rehearsal_fault() {
   faults.erase(faults.begin());
   return text.c_str();
 }
+
+}  // namespace rehearsal

@@ -1,8 +1,8 @@
 #include "kernels.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/from_blob.h>
 #include <c10/core/CPUAllocator.h>
-#include <torch/library.h>
 
 #include <cstring>
 #include <optional>

@@ -125,6 +125,51 @@ def test_weights_that_autocast_has_kept_are_not_recorded(recordings: list[object
     assert torch.equal(found, fresh(x, y)) and recordings
 
 
+class Products(nn.Module):
+    """A network whose images, not only its weights, are cast by autocast: a product without weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.matmul(x, x.transpose(-1, -2)).flatten(1))
+
+
+def test_images_that_autocast_has_kept_are_not_recorded(recordings: list[object]) -> None:
+    """The recorded pass reads its images from one tensor, whose cast a caller's autocast would keep."""
+    model, y = Products().cuda().eval(), torch.arange(8, device="cuda")
+    attack = ATTACKS["apgd-ce"](model, precision="bf16")
+    with torch.autocast("cuda", torch.bfloat16):
+        for call in range(2):
+            attack(torch.rand(8, 8, 8, device="cuda"), y, seed=call)
+    x = torch.rand(8, 8, 8, device="cuda")
+    fresh = without_recordings(ATTACKS["apgd-ce"](model, precision="bf16"), x)
+    assert torch.equal(attack(x, y, seed=2), fresh(x, y, seed=2)) and recordings
+
+
+class TakesTurns(nn.Module):
+    """Two members of one structure, each for twelve calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(nn.Linear(64, 10) for _ in range(2))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.members[self.calls // 12 % 2](x.flatten(1))
+
+
+@pytest.mark.filterwarnings("ignore:fastadv attacks this model with the eager engine")
+def test_members_that_take_turns_run_live() -> None:
+    """A copy would be one of them for the whole of an attack."""
+    x, model = torch.rand(8, 1, 8, 8, device="cuda"), TakesTurns().cuda()
+    engine = ATTACKS["pgd"](model, precision="bf16").engine_for(x)
+    assert engine.name == "eager" and "from call to call" in engine.reason
+
+
 def test_a_dropped_model_leaves_no_memory() -> None:
     before = torch.cuda.memory_allocated()
     model, x, y = digits(8)

@@ -29,3 +29,24 @@ def test_all_checks_but_nccl_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert set(told) == {"parallel"} and "NCCL" in told["parallel"], told
     assert found["checks"]["graph"]["told"].startswith("engine graph")
     assert set(found["headline"]["images_per_second"]) == {"fastadv", "B2 bf16 autocast"}
+
+
+def test_ops_are_measured_until_the_time_is_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ops
+
+    monkeypatch.setattr(ops, "failures", lambda *_: {})  # those of Triton fail without a GPU
+    options = ["--quick", "--device", "cuda", "--rows", "pgd_step_/linf", "--backend", "native"]
+    for seconds, status in ((600, 0), (0, "nothing was measured")):
+        command = ["ops.py", *options, "--seconds", str(seconds), "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", command)
+        if status == 0:
+            assert ops.main() == 0
+        else:
+            with pytest.raises(SystemExit, match=str(status)):
+                ops.main()
+            assert "left out, as the time is over" in capsys.readouterr().out
+    found = json.loads((tmp_path / "ops_cuda_quick_part.json").read_text())
+    names = {entry["params"]["name"] for entry in found["benchmarks"]}
+    assert {"native", "reference", "copy"} <= names

@@ -1,7 +1,8 @@
 // Operators of the pretended GPU that make tensors, give them storages, and copy to and from the
 // host.
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/CPUAllocator.h>
-#include <torch/library.h>
 
 #include "kernels.h"
 

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from attack_helpers import copy_of
 from paths import environment
 from processes import ran, spawn, warm_python
 from run_helpers import assert_same_end
@@ -42,6 +41,7 @@ from fastadv.trainers.logs import read_records
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 METHODS = ["standard", "pgd_at", "trades", "arrest", "act", "s2o", "las_at", "grad_align"]
 PROCESSES, STEPS = 2, 8
+UNUSUAL = (torch.int16, torch.bool, torch.complex64, torch.bfloat16, torch.float8_e5m2)
 COLLECTIVES = ("all_reduce", "broadcast", "all_gather", "reduce", "gather", "scatter", "barrier")
 SETTINGS = Settings(checkpoint_every=3, log_every=1, keep=3)
 OTHER_SETTINGS = Settings(checkpoint_every=5, log_every=2, keep=3)  # checkpoints between records
@@ -206,6 +206,10 @@ def process(rank: int, folder: str) -> None:
     found["wrote"] = list(found.pop("written"))
 
     ranks = Ranks(rank, PROCESSES)
+    ranks.wait()
+    sent = [torch.tensor([rank, rank + 1], dtype=dtype) for dtype in UNUSUAL]
+    ranks.broadcast(sent)
+    found["sent"] = sent, [ranks.gather(torch.tensor([[rank]], dtype=dtype)) for dtype in UNUSUAL]
     norm = with_synced_norms(nn.BatchNorm2d(3).double(), ranks)
     found["norm"] = normed(norm, norm_input().chunk(2)[rank].clone().requires_grad_())
     norm = with_synced_norms(nn.BatchNorm2d(3).double(), ranks)
@@ -245,6 +249,14 @@ def test_two_processes_have_the_loss_curve_of_one(
     for name in ("clean_accuracy", "robust_accuracy", "grad_norm", "train_adv_accuracy"):
         if name in records[0]:
             assert records[1][name] == pytest.approx(records[0][name], rel=2e-6), name
+
+
+@pytest.mark.processes
+def test_tensors_of_any_dtype_are_sent(together: tuple[Path, list[dict[str, Any]]]) -> None:
+    for found in together[1]:
+        for dtype, one, both in zip(UNUSUAL, *found["sent"], strict=True):
+            assert one.dtype == both.dtype == dtype
+            assert one.float().tolist() == [0, 1] and both.float().tolist() == [[0], [1]]
 
 
 @pytest.mark.processes
@@ -395,15 +407,3 @@ def test_a_restart_goes_on_with_a_run_of_the_same_job_alone(
     under_torchrun("one", 1)
     again = run("standard", tmp_path, changes={"epochs": 1}, overwrite=True)
     assert again.progress.step == STEPS // 2 and again.record == {}
-
-
-@pytest.mark.parametrize("kind", [nn.SyncBatchNorm, distributed.CPUSyncBatchNorm])
-def test_attacks_fold_synced_batch_norm(kind: type[nn.Module]) -> None:
-    plain, synced = make_model(0).eval(), make_model(0).eval()
-    synced = nn.SyncBatchNorm.convert_sync_batchnorm(synced)
-    for module in synced.modules():
-        if isinstance(module, nn.SyncBatchNorm):
-            module.__class__ = kind
-    x = torch.rand(4, 1, 8, 8)
-    copies = [copy_of(model, x) for model in (plain, synced)]
-    assert torch.equal(copies[0](x), copies[1](x))
