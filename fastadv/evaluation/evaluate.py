@@ -26,7 +26,7 @@ from fastadv.evaluation.context import Model, all_in_evaluation_mode
 from fastadv.evaluation.early_checks import early_findings
 from fastadv.evaluation.finished_batches import FinishedBatches
 from fastadv.evaluation.minimum import CarliniWagner
-from fastadv.evaluation.modes import doubts_about
+from fastadv.evaluation.model_doubts import doubts_about
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import Report, library_versions
 from fastadv.evaluation.result_row import Row

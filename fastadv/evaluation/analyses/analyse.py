@@ -14,7 +14,7 @@ from fastadv.evaluation.analyses.registry import check_needs, check_settings_use
 from fastadv.evaluation.analyses.settings import AnalysisSettings
 from fastadv.evaluation.context import evaluation_mode
 from fastadv.evaluation.early_checks import check_takes_images
-from fastadv.evaluation.modes import doubts_about
+from fastadv.evaluation.model_doubts import doubts_about
 from fastadv.evaluation.samples import Samples, as_samples
 from fastadv.ops.values import did_you_mean, shown
 
