@@ -188,7 +188,9 @@ def evaluate(
         }
         facts = _facts(norm, samples.bounds, seed, eot)
         ranks = group_of_caller(where) if sharded else Ranks()
-        finished = _finished_batches(model, samples, other, call, facts, state_dir, ranks)
+        finished = _finished_batches(
+            model, samples, other, call=call, facts=facts, state_dir=state_dir, ranks=ranks
+        )
         say = ProgressDisplay(progress and ranks.first)
         runner = Runner(
             model,
@@ -233,6 +235,7 @@ def _finished_batches(
     model: Model,
     samples: Samples,
     other: Surrogate | None,
+    *,
     call: dict[str, Any],
     facts: dict[str, Any],
     state_dir: str | os.PathLike[str] | None,

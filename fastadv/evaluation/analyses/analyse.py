@@ -75,10 +75,10 @@ def analyse(
         model,
         chosen,
         checked,
-        as_samples(data, (0.0, 1.0), max_examples) if "images" in needed else None,
-        as_samples(train, (0.0, 1.0), train_examples) if "train" in needed else None,
-        teacher,
-        device,
+        samples=as_samples(data, (0.0, 1.0), max_examples) if "images" in needed else None,
+        train=as_samples(train, (0.0, 1.0), train_examples) if "train" in needed else None,
+        teacher=teacher,
+        device=device,
     )
 
 
@@ -109,6 +109,7 @@ def run_analyses(
     model: nn.Module,
     chosen: Sequence[Analysis],
     settings: AnalysisSettings,
+    *,
     samples: Samples | None,
     train: Samples | None,
     teacher: nn.Module | None,
