@@ -32,12 +32,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from arrangements import ATTACKS, COMPILED, GPU_ATTACKS, GPU_STEPS, STEPS, Run, Task
+from attack_parts import parts_of_attack
 from float32_arrangements import FLOAT32_ATTACKS, FLOAT32_COMPILED
 from measure import (
     PeakMemory,
-    Seconds,
     at_most,
     first_line,
     image_shape,
@@ -48,7 +47,7 @@ from measure import (
     text_table,
     write_json,
 )
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastadv.engine.precision import isa_limit
@@ -180,82 +179,6 @@ def compare(
     return {"title": title, "flops": flops, "rows": rows, "missing": missing}
 
 
-def passes_of(engine: Any, task: Task) -> tuple[str, dict[str, Callable[[], object]]]:
-    """The passes that an attack makes at each step by an engine, in words, and the parts of one to be timed.
-
-    They have run as often as it takes until they stay the same.
-    """
-    from fastadv.engine.choice import name_of
-    from fastadv.engine.copy_engines import EngineOnCopy, ProgramEngine
-    from fastadv.engine.live_engines import LiveEngine
-    from fastadv.engine.replayed_program import NOT_YET
-
-    chosen = isinstance(engine, EngineOnCopy | LiveEngine)
-    name, x = name_of(engine) if chosen else f"live model ({engine.name})", engine.images(task.x)
-    if not isinstance(engine, ProgramEngine):
-
-        def values(logits: Tensor) -> Tensor:
-            return F.cross_entropy(logits, task.y, reduction="none")
-
-        engine.gradient(x, values)
-        return name, {"forward and input gradient": lambda: engine.gradient(x, values)}
-    passes, started = engine.passes, []
-    at_logits = torch.randn_like(engine.logits(x))
-
-    def forward() -> None:
-        started[:] = [passes.forward(x, with_gradient=True)[1]]
-
-    def backward() -> None:
-        passes.backward(started[0], at_logits)
-
-    while True:
-        forward()
-        backward()
-        why = passes.why_not_replayed(x, with_gradient=True)
-        if why != NOT_YET:
-            break
-    how = "replayed from the calls of an earlier pass" if why is None else f"not replayed: {why}"
-    return f"{name}, {how}", {"forward": forward, "input gradient": backward}
-
-
-def breakdown(task: Task, rounds: int, precision: str) -> tuple[str, dict[str, Seconds]]:
-    """Where an attack step's time goes: forward, input gradient, update; and the work once per attack.
-
-    The engine is the one of the arrangement called fastadv. The passes are timed first, since those of other
-    weights are recorded anew.
-
-    Returns:
-        The engine's passes in words, and the times.
-    """
-    import fastadv
-    from fastadv.engine.compiled_parts import unwrapped
-    from fastadv.engine.recorder import record
-    from fastadv.ops import pgd_step_
-
-    options: Any = {"precision": "fp32", "engine": "compiled"} if precision == "fp32" else {}
-    attack = fastadv.PGD(task.model, **options)
-    engine = attack.engine_for(task.x)
-    x = engine.images(task.x)
-    adv, gradient = x.clone(), torch.randn_like(x)
-    model, probe = unwrapped(task.model), task.x[:2]
-
-    def changed_model() -> None:
-        with torch.no_grad():
-            next(model.parameters()).mul_(1.0001)
-        attack.engine_for(task.x)
-
-    with engine.session(model, 0, current=True):
-        name, parts = passes_of(engine, task)
-        parts["update"] = lambda: pgd_step_(adv, gradient, x, 8 / 255, 2 / 255)
-        steps = interleave(parts, rounds, task.device)
-    once = {
-        "recording the live model (once per attack)": lambda: record(model, probe, careful=False),
-        "proof and refresh, after a change of weights (once per attack)": changed_model,
-        "proof, the model as before (once per attack)": lambda: attack.engine_for(task.x),
-    }
-    return name, interleave(once, rounds, task.device) | steps
-
-
 def show(part: dict[str, Any]) -> str:
     """One comparison as a table."""
     header = [
@@ -385,7 +308,7 @@ def main() -> None:
         title = f"ARREST training step, K = {k}, {shape}"
         add(compare(title, steps, task, (2 * k + 3) * flops, args, each))
     if device.type == "cpu":
-        content["breakdown_of"], times = breakdown(task, 5, args.precision)
+        content["breakdown_of"], times = parts_of_attack(task, 5, args.precision)
         content["breakdown"] = {name: seconds.to_dict() for name, seconds in times.items()}
         write_json(args.out / f"{stem}.json", content)
         print(f"where an attack's time goes ({content['breakdown_of']}):")

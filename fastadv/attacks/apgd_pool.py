@@ -26,9 +26,7 @@ from fastadv.seeding import derive_seed
 # int64 indices [B] on the CPU -> images [B, ...] and labels [B], where the model is
 Take = Callable[[Tensor], tuple[Tensor, Tensor]]
 NORMS = ("linf", "l2")  # in l1 Auto-PGD takes other steps
-_STEPS_BETWEEN_VERIFICATIONS = (
-    4  # steps: points are verified so often, so that several are verified at once
-)
+_STEPS_BETWEEN_VERIFICATIONS = 4  # so that several points are verified at once
 
 
 class PointVerifier(Protocol):

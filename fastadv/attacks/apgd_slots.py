@@ -122,6 +122,7 @@ class Slots:
         checked: Tensor | None,
         since: Tensor,
         step: Tensor,
+        *,
         first: bool,
         passes: int = 1,
     ) -> InputGradient:

@@ -73,10 +73,10 @@ class Analyser:
                     judged.model,
                     [analysis],
                     self.settings,
-                    self.samples,
-                    self.train,
-                    self.teacher,
-                    None,
+                    samples=self.samples,
+                    train=self.train,
+                    teacher=self.teacher,
+                    device=None,
                 )[analysis.name]
                 now = datetime.now(timezone.utc).isoformat(timespec="seconds")
                 record = replace(record, measured=measured, date=now)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fastadv.data.cifar_binary import read_binary
+from fastadv.data.cifar_content import check_content, check_file_md5
 from fastadv.data.cifar_layout import (
     CIFAR10,
     CIFAR100,
@@ -19,7 +20,6 @@ from fastadv.data.cifar_layout import (
     require_file,
 )
 from fastadv.data.cifar_python import read_python
-from fastadv.data.content import check_content, check_file_md5
 from fastadv.data.images import ImageData, Splits
 from fastadv.ops.values import check_bool
 

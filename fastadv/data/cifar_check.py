@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastadv.data.cifar import files_of, find_folder, read_file
+from fastadv.data.cifar_content import check_content
 from fastadv.data.cifar_layout import CifarLayout, Records, concatenate
-from fastadv.data.content import check_content
 from fastadv.data.errors import DataFormatError
 
 

@@ -21,7 +21,7 @@ from fastadv.evaluation.autoattack import (
 )
 from fastadv.evaluation.autoattack_versions import check_version
 from fastadv.evaluation.context import Model
-from fastadv.evaluation.modes import doubts_about
+from fastadv.evaluation.model_doubts import doubts_about
 from fastadv.evaluation.samples import check_batch_size, radius_or_default
 from fastadv.ops.values import check_bounds, check_choice, check_radius, limit, norm_name
 from fastadv.seeding import draw_seed

@@ -26,7 +26,7 @@ from fastadv.evaluation.context import Model, all_in_evaluation_mode
 from fastadv.evaluation.early_checks import early_findings
 from fastadv.evaluation.finished_batches import FinishedBatches
 from fastadv.evaluation.minimum import CarliniWagner
-from fastadv.evaluation.modes import doubts_about
+from fastadv.evaluation.model_doubts import doubts_about
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import Report, library_versions
 from fastadv.evaluation.result_row import Row
@@ -188,7 +188,9 @@ def evaluate(
         }
         facts = _facts(norm, samples.bounds, seed, eot)
         ranks = group_of_caller(where) if sharded else Ranks()
-        finished = _finished_batches(model, samples, other, call, facts, state_dir, ranks)
+        finished = _finished_batches(
+            model, samples, other, call=call, facts=facts, state_dir=state_dir, ranks=ranks
+        )
         say = ProgressDisplay(progress and ranks.first)
         runner = Runner(
             model,
@@ -233,6 +235,7 @@ def _finished_batches(
     model: Model,
     samples: Samples,
     other: Surrogate | None,
+    *,
     call: dict[str, Any],
     facts: dict[str, Any],
     state_dir: str | os.PathLike[str] | None,

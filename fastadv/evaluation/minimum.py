@@ -110,7 +110,7 @@ def smallest_perturbations(
         attacked,
         runner.batch_size,
         lambda indices: find(*runner.samples.take(indices, runner.device), indices),
-        audit,
+        audit=audit,
     )
     if problems := audit.problems():
         raise RuntimeError(f"{attack.name} returned inadmissible images: {'; '.join(problems)}")
@@ -165,7 +165,9 @@ def _by_bisection(
 
     def find(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
         ids = indices.to(x.device)
-        radii = smallest_radii(method, x, y, largest, seed, ids, runner.model, audit)
+        radii = smallest_radii(
+            *(method, x, y, largest), seed=seed, sample_ids=ids, judge=runner.model, audit=audit
+        )
         rows = radii.isfinite().nonzero().flatten()
         if len(rows):
             adv = method(x[rows], y[rows], seed=seed, sample_ids=ids[rows], eps=radii[rows])
@@ -184,6 +186,7 @@ def smallest_radii(
     x: Tensor,
     y: Tensor,
     largest: float,
+    *,
     seed: int,
     sample_ids: Tensor,
     judge: Model,

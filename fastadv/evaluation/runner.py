@@ -322,7 +322,9 @@ class Runner:
 
         robust, indices = correct.clone(), correct.nonzero().flatten()
         share = len(indices) / len(correct)
-        robust[indices] = self.collect(name, key, indices, left, audit, share, again).bool()
+        robust[indices] = self.collect(
+            name, key, indices, left, audit=audit, share=share, again=again
+        ).bool()
         return Outcome(
             robust,
             tuple(audit.problems()),
@@ -367,6 +369,7 @@ class Runner:
         key: str | None,
         indices: Tensor,
         values_of: Callable[[Tensor], Tensor],
+        *,
         audit: Audit | None = None,
         share: float = 1.0,
         again: Callable[[Tensor], object] | None = None,
@@ -382,9 +385,9 @@ class Runner:
             indices,
             self.batch_size,
             values_of,
-            audit,
-            lambda mean: {"accuracy so far": f"{100 * share * mean:.2f} %"},
-            again,
+            audit=audit,
+            done=lambda mean: {"accuracy so far": f"{100 * share * mean:.2f} %"},
+            again=again,
         )
 
 

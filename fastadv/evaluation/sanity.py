@@ -24,7 +24,7 @@ from fastadv.evaluation.context import Model, all_in_evaluation_mode, evaluation
 from fastadv.evaluation.early_checks import check_labels
 from fastadv.evaluation.findings import ROUNDING, Finding, monotone, rising_loss, unbounded
 from fastadv.evaluation.last_points import LastPoints, count_useless_gradients, entropy_sum
-from fastadv.evaluation.modes import doubts_about
+from fastadv.evaluation.model_doubts import doubts_about
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.runner import Runner
 from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps, radius_or_default

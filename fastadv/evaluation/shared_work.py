@@ -39,6 +39,7 @@ class SharedWork:
         indices: Tensor,
         batch_size: int,
         values_of: Callable[[Tensor], Tensor],
+        *,
         audit: Audit | None = None,
         done: Callable[[float], Mapping[str, str]] | None = None,
         again: Callable[[Tensor], object] | None = None,

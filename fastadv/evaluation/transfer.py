@@ -25,7 +25,7 @@ from fastadv.evaluation.attack_list import (
 )
 from fastadv.evaluation.context import Model, all_in_evaluation_mode
 from fastadv.evaluation.early_checks import check_labels, seems_to_guess
-from fastadv.evaluation.modes import doubts_about
+from fastadv.evaluation.model_doubts import doubts_about
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import library_versions
 from fastadv.evaluation.rows import autoattack_of

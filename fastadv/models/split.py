@@ -168,47 +168,38 @@ def difference_of_logits(whole: Tensor, parts: Tensor) -> float:
     return float((whole - parts).norm() / whole.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
-def halves_apart(
-    model: nn.Module, call: Callable[[Callable[[Tensor], Tensor]], Tensor], halves: Halves
-) -> float:
-    """Return by how much the logits of a model differ from the logits by its halves.
-
-    Args:
-        model: the model.
-        call: runs a function from images to logits on some images, in evaluation mode and without gradients.
-        halves: a function of model and images that gives the logits by the halves.
-
-    Returns:
-        The relative difference; 0 if only rounding differs, or if the logits differ from pass to pass.
-    """
-    whole = call(model)
-    apart = difference_of_logits(whole, call(lambda x: halves(model, x)))
-    if apart <= _ROUNDING or difference_of_logits(whole, call(model)) > 0:
-        return 0.0
-    return apart
-
-
-def refuse_other_halves(name: str, model: nn.Module, apart: float, user: str) -> None:
+def refuse_other_halves(
+    name: str,
+    model: nn.Module,
+    run: Callable[[Callable[[Tensor], Tensor]], Tensor],
+    user: str,
+    halves: Halves = logits_of_halves,
+) -> None:
     """Refuse a model whose logits differ from the logits by its halves.
 
     Anything in its own forward and in its hooks, such as a normalisation, is passed by where halves are run.
+    Differences by rounding are accepted, and so is a model whose logits differ from pass to pass.
 
     Args:
         name: the model's name in the message.
         model: the model.
-        apart: the result of `halves_apart`.
+        run: runs a function from images to logits on some images, in evaluation mode and without gradients.
         user: the code that runs the halves, for the message.
+        halves: a function of model and images that gives the logits by the halves.
 
     Raises:
         ValueError: if they differ.
     """
-    if apart:
-        raise ValueError(
-            f"{name} must compute forward_head(forward_features(x)), which {user} runs, got a "
-            f"{type(model).__name__} whose logits differ from that by {100 * apart:.2g} %: its own forward or a "
-            "hook does more, such as a normalisation. Do it in forward_features, or wrap the network in "
-            "fastadv.models.Normalized"
-        )
+    whole = run(model)
+    apart = difference_of_logits(whole, run(lambda x: halves(model, x)))
+    if apart <= _ROUNDING or difference_of_logits(whole, run(model)) > 0:
+        return
+    raise ValueError(
+        f"{name} must compute forward_head(forward_features(x)), which {user} runs, got a "
+        f"{type(model).__name__} whose logits differ from that by {100 * apart:.2g} %: its own forward or a "
+        "hook does more, such as a normalisation. Do it in forward_features, or wrap the network in "
+        "fastadv.models.Normalized"
+    )
 
 
 def _channel_buffer(name: str, value: float | Sequence[float] | Tensor) -> Tensor:

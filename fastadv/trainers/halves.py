@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastadv.engine.compiled_parts import has_compiled_parts
 from fastadv.engine.frozen import frozen
-from fastadv.models.split import Halves, halves_apart, refuse_other_halves, without_normalization
+from fastadv.models.split import Halves, refuse_other_halves, without_normalization
 
 # By the model's name in messages: the model, and the function by which a method gets logits from its halves.
 UsedHalves: TypeAlias = Mapping[str, tuple[nn.Module, Halves]]
@@ -43,9 +43,7 @@ def check_halves(method: str, used: UsedHalves, x: Tensor) -> None:
         ValueError: if a model and its halves differ. Models whose logits differ from pass to pass are left out.
     """
     for name, (model, halves) in used.items():
-        refuse_other_halves(
-            name, model, halves_apart(model, partial(_logits, model, x), halves), method
-        )
+        refuse_other_halves(name, model, partial(_logits, model, x), method, halves)
 
 
 def _logits(model: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:

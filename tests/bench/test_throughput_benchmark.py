@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
 import throughput
 from arrangements import COMPILED, Task
+from attack_parts import parts_of_attack
 from measure import at_most, interleave
 from torch import nn
 
@@ -64,9 +65,7 @@ def test_an_alarm_rings_once_and_never_late() -> None:
 
 @pytest.mark.skipif(not cpu_convolution.available(), reason="programs need the compiled part")
 @pytest.mark.parametrize("worth", [0.0, float("inf")])
-def test_the_breakdown_times_the_passes_of_an_attack(
-    worth: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_parts_of_an_attack_are_timed(worth: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replayed_program, "_WORTH", worth)
     plain, own = Program.forward, []
     monkeypatch.setattr(
@@ -76,7 +75,7 @@ def test_the_breakdown_times_the_passes_of_an_attack(
     for rounds in (1, 4):
         own.clear()
         task = throughput.make_task("small_cnn", 6, 1, CPU, (1, 8, 8))
-        name, times = throughput.breakdown(task, rounds, "fp32")
+        name, times = parts_of_attack(task, rounds, "fp32")
         counts.append(sum(own))
         assert times["forward"].rounds == times["input gradient"].rounds == rounds
     replayed, too_little = "replayed from the calls", "not replayed: a replay would save too little"
@@ -85,10 +84,10 @@ def test_the_breakdown_times_the_passes_of_an_attack(
     assert counts[1] - counts[0] == (0 if worth == 0 else 3)
 
 
-def test_the_breakdown_of_a_live_model_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parts_of_an_attack_on_a_live_model_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastadv.engine.selection.candidates", lambda *_: iter(()))
     task = throughput.make_task("small_cnn", 6, 1, CPU, (1, 8, 8))
     with pytest.warns(UserWarning, match="eager engine"):
-        name, times = throughput.breakdown(task, 1, "bf16")
+        name, times = parts_of_attack(task, 1, "bf16")
     assert name.startswith("live model")
     assert {"forward and input gradient", "update"} <= set(times)

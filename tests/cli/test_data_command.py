@@ -18,9 +18,9 @@ import pytest
 
 from fastadv.cli import main
 from fastadv.data import DataFormatError, datasets
+from fastadv.data.cifar_content import content_digest
 from fastadv.data.cifar_download import download_cifar
 from fastadv.data.cifar_layout import CIFAR10, CIFAR100, PIXEL_BYTES, CifarLayout, Records
-from fastadv.data.content import content_digest
 
 RECORDS = 20  # of each file
 NAMES = CIFAR10.train.binary_files + CIFAR10.test.binary_files

@@ -18,8 +18,8 @@ from fastadv.data import (
     load_dataset,
 )
 from fastadv.data.cifar import read_cifar, read_cifar_test
+from fastadv.data.cifar_content import content_digest
 from fastadv.data.cifar_layout import CIFAR10, CIFAR100, PIXEL_BYTES, CifarLayout, Records
-from fastadv.data.content import content_digest
 from fastadv.data.datasets import load_test_images
 
 RECORDS = 20  # per file of the small layouts below

@@ -87,9 +87,26 @@ def test_the_result_of_a_public_function_is_described(package: str) -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize(
+every_attack = pytest.mark.parametrize(
     "name", [name for name in fastadv._ATTACKS if inspect.isclass(getattr(fastadv, name))]
 )
+
+
+@every_attack
+def test_the_page_of_attacks_has_a_row_with_the_signature_of_every_attack(name: str) -> None:
+    row = re.search(
+        rf"^\| `{name}(\(.*?\))` \|", (API.parent / "attacks.md").read_text(), re.MULTILINE
+    )
+    assert row is not None
+    names: dict[str, Any] = {}
+    exec(f"def written{row[1]}: ...", names)
+    real = inspect.signature(getattr(fastadv, name)).parameters
+    for argument in inspect.signature(names["written"]).parameters.values():
+        known = real[argument.name]
+        assert (argument.kind, argument.default) == (known.kind, known.default), argument.name
+
+
+@every_attack
 def test_every_attack_names_its_source(name: str) -> None:
     assert re.search(r"\bSources?\b.*:", inspect.getdoc(getattr(fastadv, name)) or ""), name
 

@@ -340,10 +340,10 @@ def test_a_teacher_that_refuses_the_images_is_named_before_the_first_analysis() 
             trained_small_cnn(),
             [ANALYSES["frobenius"], ANALYSES["cosine"]],
             AnalysisSettings(),
-            as_samples(data, (0.0, 1.0)),
-            None,
-            teacher,
-            None,
-            measured.append,
+            samples=as_samples(data, (0.0, 1.0)),
+            train=None,
+            teacher=teacher,
+            device=None,
+            on_measured=measured.append,
         )
     assert measured == []

@@ -39,7 +39,7 @@ def test_no_name_breaks_a_line_of_a_report(name: str) -> None:
     texts = {
         "md": markdown(summary.tables, name),
         "tex": latex(summary.printed),
-        "html": page(name, name, summary.tables, [], []),
+        "html": page(name, name, tables=summary.tables, plots=[], galleries=[]),
         "csv": to_csv(summary),
         "text": aligned(summary.comparison.cells()) + "\n",
     }

@@ -1,39 +1,18 @@
 """Samples of every op, from which the op tests and the op benchmark are driven.
 
-A new op adds a file with its `OpCase` records here, and a line to each of the two lists below.
+A new op adds a file here that has its name and holds its `OpCase` records.
 """
 
 from __future__ import annotations
 
-from op_cases import (
-    angular_distance,
-    attention_map_distance,
-    crop_flip,
-    euclidean_distance,
-    linear_merger,
-    momentum_update,
-    noisy_replay,
-    pgd_step,
-    pgd_step_per_channel,
-    random_start,
-    softmax_losses,
-    vanilla_feature_distillation,
-)
+from importlib import import_module
+from pathlib import Path
+
+from fastadv.ops import REGISTRY
 from op_cases.case import OpCase
 
-_FILES = (
-    angular_distance,
-    attention_map_distance,
-    crop_flip,
-    euclidean_distance,
-    linear_merger,
-    momentum_update,
-    noisy_replay,
-    pgd_step,
-    pgd_step_per_channel,
-    random_start,
-    softmax_losses,
-    vanilla_feature_distillation,
-)
+_HERE = Path(__file__).parent
+_NAMES = sorted({op.rstrip("_") for op in REGISTRY})  # an op that works in place shares its file
+_FILES = [import_module(f"op_cases.{name}") for name in _NAMES if (_HERE / f"{name}.py").is_file()]
 
 CASES: dict[str, OpCase] = {case.name: case for file in _FILES for case in file.CASES}

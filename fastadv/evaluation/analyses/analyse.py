@@ -14,7 +14,7 @@ from fastadv.evaluation.analyses.registry import check_needs, check_settings_use
 from fastadv.evaluation.analyses.settings import AnalysisSettings
 from fastadv.evaluation.context import evaluation_mode
 from fastadv.evaluation.early_checks import check_takes_images
-from fastadv.evaluation.modes import doubts_about
+from fastadv.evaluation.model_doubts import doubts_about
 from fastadv.evaluation.samples import Samples, as_samples
 from fastadv.ops.values import did_you_mean, shown
 
@@ -75,10 +75,10 @@ def analyse(
         model,
         chosen,
         checked,
-        as_samples(data, (0.0, 1.0), max_examples) if "images" in needed else None,
-        as_samples(train, (0.0, 1.0), train_examples) if "train" in needed else None,
-        teacher,
-        device,
+        samples=as_samples(data, (0.0, 1.0), max_examples) if "images" in needed else None,
+        train=as_samples(train, (0.0, 1.0), train_examples) if "train" in needed else None,
+        teacher=teacher,
+        device=device,
     )
 
 
@@ -109,6 +109,7 @@ def run_analyses(
     model: nn.Module,
     chosen: Sequence[Analysis],
     settings: AnalysisSettings,
+    *,
     samples: Samples | None,
     train: Samples | None,
     teacher: nn.Module | None,

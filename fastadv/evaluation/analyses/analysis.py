@@ -16,7 +16,7 @@ from fastadv.evaluation.analyses.settings import AnalysisSettings
 from fastadv.evaluation.plot_style import Style
 from fastadv.evaluation.samples import Samples
 from fastadv.models import Stack, check_feature_split
-from fastadv.models.split import halves_apart, logits_of_halves, refuse_other_halves
+from fastadv.models.split import refuse_other_halves
 from fastadv.plain_text import csv_cell
 
 if TYPE_CHECKING:
@@ -168,12 +168,7 @@ def pooled_features(model: nn.Module, x: Tensor) -> Tensor:
         if isinstance(model, Stack):
             return torch.cat(model.pooled_features(x), 1)
         check_feature_split(model)
-        refuse_other_halves(
-            "model",
-            model,
-            halves_apart(model, lambda f: f(x[:2]), logits_of_halves),
-            "the analysis",
-        )
+        refuse_other_halves("model", model, lambda f: f(x[:2]), "the analysis")
         split = cast(Any, model)
         pooled: Tensor = split.forward_head(split.forward_features(x), pre_logits=True)
     return pooled.flatten(1)

@@ -40,7 +40,9 @@ class SmallestPerturbation(Analysis):
         shown: list[tuple[torch.Tensor, torch.Tensor]] = []
         with evaluation_mode(model, context.device):
             for x, y, ids in context.batches(samples):
-                radii = smallest_radii(attack, x, y, largest, seed, ids, model)
+                radii = smallest_radii(
+                    attack, x, y, largest, seed=seed, sample_ids=ids, judge=model
+                )
                 reached = radii.clamp(max=largest)
                 adv = attack(x, y, seed=seed, sample_ids=ids, eps=reached)
                 # An image that is wrong without an attack is its own smallest adversarial image.

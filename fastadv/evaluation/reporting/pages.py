@@ -77,6 +77,7 @@ class Plot:
 def page(
     title: str,
     subtitle: str,
+    *,
     tables: Sequence[Table],
     plots: Sequence[Plot],
     galleries: Sequence[Gallery],

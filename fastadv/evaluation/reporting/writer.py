@@ -64,7 +64,12 @@ def write_report(summary: Summary, folder: str | os.PathLike[str]) -> list[Path]
         "report.tex": latex(summary.printed),
         "report.json": to_json(summary),
         "report.html": page(
-            *(title, _subtitle(summary), tables, plots, worst, notes),
+            title,
+            _subtitle(summary),
+            tables=tables,
+            plots=plots,
+            galleries=worst,
+            notes=notes,
             analyses=[*analyses.plots.values(), *analyses.tables],
         ),
     }
