@@ -1,9 +1,11 @@
 // Kernels of the pretended GPU: those of the CPU, on the same memory.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
+#include <ATen/ops/from_blob.h>
 
 #include <vector>
 
