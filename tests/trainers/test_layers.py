@@ -89,7 +89,8 @@ class NoSplit(nn.Module):
 def made(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     model = (TheirResNet if name == "theirs" else NETWORKS[name])().double()
-    side = 32 if name == "theirs" else 16  # the least at which the stages have maps of different sizes
+    # The least size at which the last stages have maps of different sizes.
+    side = 32 if name == "theirs" else 16
     with torch.no_grad():
         for _ in range(2):
             model(torch.rand(4, 3, side, side, dtype=torch.float64))
