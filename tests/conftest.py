@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from kept_parsers import keep_parsers
 from thinning import Thinning
 
 _UNPACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpack_cifar10.py"
@@ -85,11 +86,15 @@ def _is_worker(config: pytest.Config) -> bool:
 def pytest_runtest_setup() -> None:
     """Let the first engine that is right run, however busy the machine is; tests of the choice bring a clock.
 
-    The module is there from the first test that imports it. A fixture costs more than many tests do.
+    The parsers of commands are kept. Each module is there from the first test that imports it. A fixture costs
+    more than many tests do.
     """
     proof = sys.modules.get("fastadv.engine.proof")
     if proof is not None:
         proof.seconds = _no_time  # type: ignore[attr-defined]
+    commands = sys.modules.get("fastadv.cli.train")
+    if commands is not None:
+        keep_parsers(commands)
 
 
 def _no_time() -> float:

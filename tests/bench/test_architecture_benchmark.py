@@ -9,11 +9,13 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import warm_context
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
@@ -167,7 +169,16 @@ def test_process_of_its_own() -> None:
         (partial(_die, "the attack"), 60, 2**40, "died with code 3", "the attack"),
     ],
 )
-def test_process_is_stopped(work: Any, seconds: float, memory: int, why: str, stage: str) -> None:
+def test_process_is_stopped(
+    work: Any,
+    seconds: float,
+    memory: int,
+    why: str,
+    stage: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forking = SimpleNamespace(get_context=lambda kind: warm_context())  # without a new interpreter
+    monkeypatch.setattr(architectures, "multiprocessing", forking)
     with pytest.raises(architectures.Stopped, match=why) as caught:
         architectures.apart(work, seconds, memory)
     assert caught.value.stage == stage

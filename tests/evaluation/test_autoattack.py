@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from linear_model import Staircase, linear_problem
+from short_autoattack import shorten
 from torch import nn
 
 from fastadv.evaluation import autoattack, evaluate
@@ -21,14 +22,21 @@ EPS = 0.02
 FAST = ("apgd-ce", "apgd-t")
 
 
+@pytest.fixture
+def short(monkeypatch):
+    shorten(monkeypatch)
+
+
 @pytest.mark.parametrize("engine", ["auto", "fp32", "reference"])
-def test_the_standard_version_agrees_with_the_closed_form(engine):
+def test_the_standard_version_agrees_with_the_closed_form(engine, monkeypatch):
+    if engine == "reference":  # whose settings are the library's own
+        shorten(monkeypatch)
     # apgd-t and fab-t try every other class, and for a linear model each class alone is a convex problem.
-    model, x, y = linear_problem(classes=5, n=16, wrong=3)
+    model, x, y = linear_problem(classes=5, n=10, wrong=3)
     exact = model.exactly_robust(x, y, EPS)
     result = autoattack(model, (x, y), eps=EPS, batch_size=10, engine=engine)
     assert torch.equal(result.robust, exact)
-    assert 0 < int(exact.sum()) < 13
+    assert 0 < int(exact.sum()) < 7
     assert [stage.name for stage in result.stages] == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert result.stages[-1].correct == int(exact.sum())
     assert (result.status, result.notes, result.seed, result.batch_size) == ("ok", (), 0, 10)
@@ -36,12 +44,12 @@ def test_the_standard_version_agrees_with_the_closed_form(engine):
     assert (result.search == engine) == (engine != "auto")
 
     adversarial = result.adversarial
-    assert len(result.fooled) == len(adversarial) == 13 - int(exact.sum())
+    assert len(result.fooled) == len(adversarial) == 7 - int(exact.sum())
     assert (adversarial - x[result.fooled]).abs().max() <= EPS + 1e-6
     assert (model(adversarial).argmax(1) != y[result.fooled]).all()
 
 
-def test_evaluate_reports_it():
+def test_evaluate_reports_it(short):
     model, x, y = linear_problem(classes=4, n=12)
     report = evaluate(
         model, (x, y), ("clean", "autoattack"), eps=EPS, batch_size=12, progress=False
@@ -68,7 +76,7 @@ def test_the_library_itself_finds_the_same_images():
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("l2", 0.08), ("l1", 0.4)])
-def test_other_norms(norm, eps):
+def test_other_norms(norm, eps, short):
     model, x, y = linear_problem(classes=4, n=16)
     result = autoattack(model, (x, y), eps=eps, norm=norm, version=("apgd-ce", "apgd-t", "fab-t"))
     order = {"l2": 2, "l1": 1}[norm]
@@ -88,7 +96,7 @@ def test_other_bounds():
     assert (wide.adversarial - (4 * x - 2)[wide.fooled]).abs().max() <= 4 * EPS + 4e-6
 
 
-def test_the_seed_decides():
+def test_the_seed_decides(short):
     model, x, y = linear_problem(classes=4, n=6)
     runs = [
         autoattack(model, (x, y), eps=0.1, version=("square",), seed=seed) for seed in (1, 1, 2)
@@ -97,7 +105,7 @@ def test_the_seed_decides():
     assert not torch.equal(runs[0].adversarial, runs[2].adversarial)
 
 
-def test_nothing_is_left_behind_in_the_process():
+def test_nothing_is_left_behind_in_the_process(short):
     model, x, y = linear_problem(classes=4, n=8)
     model.train()
     model.linear.weight.grad = torch.ones_like(model.linear.weight)
@@ -191,7 +199,7 @@ def test_violations_are_found_independently(monkeypatch):
     assert result.robust.all() and len(result.fooled) == 0
 
 
-def test_the_reference_alone_needs_the_library(monkeypatch):
+def test_the_reference_alone_needs_the_library(monkeypatch, short):
     model, x, y = linear_problem(classes=4, n=4)
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     report = evaluate(model, (x, y), ("clean", "autoattack"), eps=EPS, progress=False)
@@ -235,7 +243,7 @@ def test_no_image_left_to_attack():
     assert result.adversarial.shape == (0, 1, 8, 8)
 
 
-def test_two_classes_with_the_attacks_that_allow_it():
+def test_two_classes_with_the_attacks_that_allow_it(short):
     model, x, y = linear_problem(classes=2, n=30)
     result = autoattack(model, (x, y), eps=0.01, version=("apgd-ce", "fab-t"))
     assert torch.equal(result.robust, model.exactly_robust(x, y, 0.01))

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from linear_model import linear_problem
+from short_autoattack import shorten
 
 from fastadv.evaluation import autoattack, evaluate
 from fastadv.evaluation.autoattack_state import AutoAttackState
@@ -64,7 +65,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, engine, monkeypatch
     assert not list(stopped.glob("*.tmp"))
 
 
-def test_evaluate_resumes_too(tmp_path):
+def test_evaluate_resumes_too(tmp_path, monkeypatch):
+    shorten(monkeypatch)
     model, x, y = linear_problem(classes=4, n=10)
     arguments = {"eps": EPS, "progress": False, "state_dir": tmp_path}
     first = evaluate(model, (x, y), "autoattack", **arguments)["autoattack"]

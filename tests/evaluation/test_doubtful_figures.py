@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from short_autoattack import patch_reference, shorten
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -443,8 +444,12 @@ def test_useless_gradients_put_transfers_in_doubt(surrogate: bool) -> None:
     ("norm", "attack"), [("linf", "apgd-ce"), ("l1", "apgd-ce"), ("linf", "fab-t")]
 )
 @pytest.mark.filterwarnings("ignore:the model's gradient in x is NaN")
-def test_useless_gradients_make_autoattack_suspect(engine: Any, norm: str, attack: str) -> None:
+def test_useless_gradients_make_autoattack_suspect(
+    engine: Any, norm: str, attack: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("pyautoattack")
+    shorten(monkeypatch)
+    patch_reference({"apgd-ce": {"n_restarts": 1, "n_iter": 20}}, monkeypatch)
     eps = {"linf": 0.02, "l1": 0.4}[norm]
     for value, status in ((torch.nan, "suspect"), (torch.inf, "suspect"), (1.0, "ok")):
         model, data = spoilt_off_the_grid(value)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from attack_helpers import digits_test, trained_small_cnn
 from linear_model import linear_problem
+from short_autoattack import shorten
 from torch import Tensor, nn
 
 from fastadv.evaluation import Report, evaluate
@@ -136,8 +137,9 @@ def test_the_worst_case_over_a_foreign_attack() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:there are")
-def test_the_worst_case_over_autoattack() -> None:
+def test_the_worst_case_over_autoattack(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pyautoattack")
+    shorten(monkeypatch)
     model, x, y = linear_problem(classes=4, n=40, wrong=3)
     report = evaluate(model, (x, y), ["mim-2", "autoattack"], eps=0.02, worst_case=True, **QUIET)
     first, ensemble = report["mim-2"], report["autoattack"]

@@ -68,7 +68,7 @@ def test_autoattack_goes_on_with_a_full_disk(
     engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastadv.evaluation.autoattack_run._MOST_ROWS", 8)
-    model, x, y = linear_problem(classes=4, n=40, wrong=2)
+    model, x, y = linear_problem(classes=4, n=20, wrong=2)
     settings: dict[str, Any] = {"eps": EPS, "version": ("apgd-ce",), "batch_size": 4}
     settings["engine"] = engine
     wanted = autoattack(model, (x, y), **settings)

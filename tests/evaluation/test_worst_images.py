@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from linear_model import linear_problem
+from short_autoattack import shorten
 from torch import Tensor, nn
 
 from fastadv.cli import main
@@ -82,8 +83,9 @@ def test_images_of_another_attack_are_not_handed_over() -> None:
     assert worst.predictions.tolist() == [0, 1]
 
 
-def test_autoattack_keeps_its_images() -> None:
+def test_autoattack_keeps_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pyautoattack")
+    shorten(monkeypatch)
     torch.manual_seed(0)
     model = small_cnn(4, 1).eval()
     x = torch.rand(12, 1, 8, 8)

@@ -55,6 +55,11 @@ def _server() -> ForkServerContext:
     return context
 
 
+def warm_context() -> ForkServerContext:
+    """A context of `multiprocessing` whose processes are forked from the server."""
+    return _server()
+
+
 def spawn(function: Callable[..., None], arguments: tuple[Any, ...], count: int) -> None:
     """`torch.multiprocessing.spawn`, forked from the server.
 
