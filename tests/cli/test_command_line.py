@@ -200,7 +200,7 @@ def test_switches_take_a_value_too(capfd: pytest.CaptureFixture[str], tmp_path: 
         "--worst_case",
         str(tmp_path / "r"),
         "--attacks",
-        "clean",
+        "fgsm",
         "--max_examples",
         "9",
     ]

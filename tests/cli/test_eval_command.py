@@ -101,6 +101,11 @@ def test_what_has_no_effect_is_refused(run: Path, capsys: pytest.CaptureFixture[
     for words, message in (
         (["--attacks", "clean", "fgsm", "--alpha", "0.1"], "alpha must be left out"),
         (["--attacks", "pgd-2", "--engine", "fp32"], "engine must be left out"),
+        (["--attacks", "pgd-2", "--cw_c", "2"], "cw_c must be left out, got 2.0"),
+        (["--attacks", "min-fgsm", "--cw_lr", ".1"], "cw_lr must be left out, got 0.1"),
+        (["--attacks", "clean", "--worst_case"], "worst_case must be left out, got True"),
+        (["--attacks", "clean", "--eot", "2"], "eot must be left out, got 2"),
+        (["--attacks", "clean", "--surrogate", "x"], "surrogate must be left out, got 'x'"),
         (["--attacks", "pgd-2", "--root", "x"], "root must be left out with digits"),
         (["--attacks", "pgd2"], "did you mean 'pgd-2'?"),
         (["--checkpoint", "bst"], "did you mean 'best'?"),

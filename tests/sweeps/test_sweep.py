@@ -212,6 +212,11 @@ def test_runs_keep_their_names_and_no_two_share_one(tmp_path: Path) -> None:
         (["--grid", "lr=.1", "--eval_extractors", "1,2"], "eval_extractors must be left out"),
         (["--grid", "lr=.1", "--eval_attacks", "pgd-2o"], "unknown attack 'pgd-2o'"),
         (["--grid", "lr=.1", "--eval_out", "all.json"], "eval_out must be left out"),
+        (
+            ["--grid", "lr=.1", "--attacks", "fgsm", "--eval_engine", "fp32"],
+            "engine must be left out",
+        ),
+        (["--grid", "lr=.1", "--attacks", "square", "--eval_eot", "2"], "eot must be 1 for square"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(
