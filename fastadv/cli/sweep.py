@@ -83,6 +83,8 @@ def sweep(words: list[str]) -> int:
             plan, launch, beside=options.beside, dry_run=options.dry_run, quiet=quiet
         )
     print(as_json(result.content) if options.json else f"{result.text}\n", end="")
+    if result.unsaved:
+        return complain(result.unsaved)
     return FAILED if result.failures else 0
 
 
