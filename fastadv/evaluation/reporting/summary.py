@@ -180,8 +180,8 @@ class Summary:
             described = self.comparison.describe(line)
             cells = [described[name] for name in ("method", "model", "data", "n", "norm", "eps")]
             cells.append(", ".join(map(str, series.seeds)))
-            for title in attacks:
-                cells.append(_spread(series.accuracies(title), series.mark(title)))
+            for column in attacks:
+                cells.append(_spread(series.accuracies(column), series.mark(column)))
             title = self.strongest(line)
             mark = series.mark(CLEAN, title)
             measured = [self.trade_off(one, title) if title else None for one in series.lines]
