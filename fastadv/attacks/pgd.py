@@ -331,8 +331,12 @@ class PGD(Attack):
             ValueError: if the attack was made with a radius of 0, so that there is no proportion.
         """
         settings = self.settings
-        if batch.overrides.alpha is not None:
-            return batch.overrides.alpha
+        given = batch.overrides.alpha
+        if given is not None:
+            moves = isinstance(batch.eps, Tensor) or batch.eps > 0
+            if moves and not isinstance(given, Tensor) and given == 0:
+                raise ValueError(f"alpha must be > 0, got 0; {settings._without_steps}")
+            return given
         if not isinstance(batch.eps, Tensor) and batch.eps == settings.eps:
             return settings.step_size
         if settings.eps == 0:

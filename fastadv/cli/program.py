@@ -63,17 +63,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
         after a signal, such as 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    open_closed_streams()
     _escape_signs_without_code()
     try:
         try:
             return _run(words)
         finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            _flush_output()
     except BrokenPipeError:
         # The reader, such as `head`, has closed the pipe. Python would print the error again when it ends.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open to the end
         return 0
+
+
+def _flush_output() -> None:
+    """Write what was printed. On a full disk say so, in place of a traceback, and end with status 2.
+
+    Raises:
+        BrokenPipeError: nobody reads the output.
+        SystemExit: the output cannot be written.
+    """
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, as Python would try again when it ends
+        raise SystemExit(
+            complain(f"the standard output cannot be written: {error.strerror}")
+        ) from error
+
+
+def open_closed_streams() -> None:
+    """Send the output of streams that the caller has closed nowhere, as after `2>&-`.
+
+    Else the next file that is opened would get the number of the stream, and messages of libraries would be
+    written into it. Python's `print` takes the standard output for a standard error that is None, where progress
+    and notes would stand in the midst of a JSON document.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(
+                os.open(os.devnull, os.O_RDWR), True
+            )  # the lowest number that is free
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, it stays open to the end
 
 
 def _escape_signs_without_code() -> None:
@@ -103,6 +141,10 @@ def _run(words: list[str]) -> int:
         return 0
     if words[0] not in _COMMANDS:
         return complain(_unknown(words[0]))
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return complain("the current folder has been deleted; change to another folder")
     try:
         return _COMMANDS[words[0]].run(words[1:])
     except Interrupted as stop:

@@ -13,8 +13,8 @@ from fastadv.cli.flags import FALSE, spellings, turned_off
 from fastadv.cli.parsing import FAILED, Parser, closest_option, complain, given_options
 from fastadv.cli.train import check_training, training_parser
 from fastadv.commands.documents import as_json
+from fastadv.commands.evaluation import checked_attacks
 from fastadv.commands.sweep import Launch, run_sweep
-from fastadv.evaluation.attack_list import parse_attacks
 from fastadv.interruption import stopped_by_signals
 from fastadv.sweeps import Plan, parse_grid
 from fastadv.trainers import find_method, method_names
@@ -29,6 +29,8 @@ _SET_BY_SWEEP = ("run", "resume", "overwrite", "allow_changes", "from_checkpoint
 _OWN_FILE = (
     "its results have a file of their own, which no sweep reads; run `fastadv eval` after it"
 )
+# Options of `fastadv eval` that only some attacks take.
+_OF_ATTACKS = ("alpha", "eot", "engine", "worst_case", "cw_c", "cw_lr", "surrogate", "sanity")
 # Options of `fastadv eval` that a sweep refuses, and why.
 _NOT_JUDGED = {
     "out": "a sweep keeps the results in its runs' directories",
@@ -81,6 +83,8 @@ def sweep(words: list[str]) -> int:
             plan, launch, beside=options.beside, dry_run=options.dry_run, quiet=quiet
         )
     print(as_json(result.content) if options.json else f"{result.text}\n", end="")
+    if result.unsaved:
+        return complain(result.unsaved)
     return FAILED if result.failures else 0
 
 
@@ -199,7 +203,8 @@ def _checked(plan: Plan, given: Mapping[str, str]) -> Plan:
 def _check_evaluation(words: Sequence[str]) -> None:
     """Refuse options of the evaluation that are wrong, or whose results the sweep would not find."""
     usual, chosen = evaluation_options(["RUN"]), evaluation_options(["RUN", *words])
-    parse_attacks(chosen["attacks"], 8 / 255, chosen["alpha"])  # any radius will do here
+    settings = {name: chosen[name] for name in _OF_ATTACKS}
+    checked_attacks(chosen["attacks"], 8 / 255, **settings)  # any radius will do here
     for name, reason in _NOT_JUDGED.items():
         if chosen[name] != usual[name]:
             raise ValueError(f"eval_{name} must be left out, as {reason}, got {chosen[name]!r}")

@@ -161,14 +161,19 @@ def run_analysis(
         for name, one, folder in zip(names, loaded, folders, strict=True)
     }
     groups = grouped(records)
-    together = [] if out is None else [_write_together(group, Path(out)) for group in groups]
+    unsaved, together = common.unsaved, []
+    if out is not None:
+        try:
+            together = [_write_together(group, Path(out)) for group in groups]
+        except OSError as error:
+            unsaved = unsaved or str(error)
     obstacles = list(dict.fromkeys(filter(None, [common.missing, *together])))
     if json:
         text = as_json(_document(records, folders, out, obstacles))
     else:
         text = _as_text(groups, folders, out, obstacles)
-    if common.unsaved:
-        raise UnsavedResultsError(common.unsaved, text)
+    if unsaved:
+        raise UnsavedResultsError(unsaved, text)
     return text
 
 

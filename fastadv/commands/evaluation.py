@@ -21,16 +21,13 @@ from fastadv.commands.training import check_checkpoint
 from fastadv.data.datasets import dataset_names
 from fastadv.digest import digest_of
 from fastadv.evaluation import Report, Subject, Surrogate, evaluate
-from fastadv.evaluation.attack_list import (
-    check_ensemble_asked_for,
-    check_passes,
-    expand_bundles,
-    parse_attacks,
-)
+from fastadv.evaluation.attack_list import check_passes, expand_bundles, parse_attacks
 from fastadv.evaluation.cost import multiply_adds
+from fastadv.evaluation.minimum import CarliniWagner
 from fastadv.evaluation.report import library_versions
 from fastadv.evaluation.samples import Samples, as_samples, radius_or_default
 from fastadv.evaluation.sanity_file import SanityResult, sanity_entry, sanity_file_of
+from fastadv.evaluation.unused_options import check_options_used
 from fastadv.files import file_key
 from fastadv.interruption import stopped_by_signals
 from fastadv.ops.values import check_bounds
@@ -161,7 +158,18 @@ def run_evaluation(
     limits = check_bounds(tuple(bounds))
     given, (norm, eps) = eps, threat_of(recorded, norm, eps, limits)
     radii = radii_of(radius_or_default(eps, norm, limits))
-    attacks = _checked_attacks(attacks, radii[0], alpha, eot, engine)
+    attacks = checked_attacks(
+        attacks,
+        radii[0],
+        alpha=alpha,
+        eot=eot,
+        engine=engine,
+        worst_case=worst_case,
+        cw_c=cw_c,
+        cw_lr=cw_lr,
+        surrogate=surrogate,
+        sanity=sanity,
+    )
     reading = Reading(resize, crop, interpolation, workers)
     if run is None:
         judged, images = _given_model(checkpoint, model, weights, normalise, data, root, reading)
@@ -359,12 +367,27 @@ def _recorded(
     return directory.read()
 
 
-def _checked_attacks(
-    attacks: Sequence[str], eps: float, alpha: float | None, eot: int, engine: str
+def checked_attacks(
+    attacks: Sequence[str],
+    eps: float,
+    *,
+    alpha: float | None,
+    eot: int,
+    engine: str,
+    worst_case: bool,
+    cw_c: float | None,
+    cw_lr: float,
+    surrogate: str | None,
+    sanity: bool,
 ) -> list[str]:
     """The names of all attacks; unknown names, and options that no attack takes, are refused before loading."""
     names = [str(name) for name in expand_bundles(attacks)]
     parsed = parse_attacks(list(names), eps, alpha)
     check_passes(parsed, eot)
-    check_ensemble_asked_for(parsed, "engine", engine != "auto")
+    # The checks for masking make attacks of their own, with the same surrogate and passes.
+    of_attacks: dict[str, Any] = {} if sanity else {"surrogate": surrogate, "eot": eot}
+    constants = CarliniWagner(cw_c, cw_lr)
+    check_options_used(
+        parsed, engine=engine, worst_case=worst_case, constants=constants, **of_attacks
+    )
     return names

@@ -61,6 +61,7 @@ def images_of_run(
             f"data must be given: {directory.path} was not trained on a data set by name"
         )
     if data is None and name.startswith(FOLDER):
+        check_no_root(name, root)
         tests = folder_of_tests(Path(name.removeprefix(FOLDER)))
         return FolderImages(tests, **{**directory.reading(), **reading.given()})
     if _is_named(name):

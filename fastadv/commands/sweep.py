@@ -6,13 +6,15 @@ The attributes of `Launch` are options; its docstring is their help.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fastadv.commands.report import judged_run
 from fastadv.evaluation import Result
+from fastadv.evaluation.comparison import distinct_paths
 from fastadv.evaluation.reporting import aligned, markdown, write_report
 from fastadv.fields import check_fields
 from fastadv.files import naming, write_atomically
@@ -72,11 +74,13 @@ class SweepResult:
     Attributes:
         text: the table and the files, as text.
         failures: the runs that failed.
+        unsaved: why the table, the plot or the report could not be written; empty if nothing prevented it.
         content: the contents of ``text`` for scripts, as JSON types.
     """
 
     text: str
     failures: tuple[Failure, ...] = ()
+    unsaved: str = ""
     content: dict[str, Any] = field(default_factory=dict)
 
 
@@ -102,13 +106,17 @@ def run_sweep(
         TimeoutError: if another process does a sweep in the same directory.
         ValueError: if the directory holds another sweep.
     """
+    if len(distinct_paths([str(plan.folder), *beside])) < 1 + len(beside):
+        raise ValueError(
+            f"beside must name other sweeps than out, {plan.folder}, each once, got {' '.join(beside)}"
+        )
     others = [Plan.load(Path(folder)) for folder in beside]  # before hours are spent
     plan.check()
     if dry_run and launch.launcher != "slurm":
         return _commands(plan)
     with naming(plan.folder):
         plan.folder.mkdir(parents=True, exist_ok=True)
-    with locked(plan.folder / PLAN_FILE, _TIMEOUT):
+    with _alone_in(plan.folder):
         plan.save()
         left = plan.unfinished()
         say(quiet, f"{len(plan.runs)} runs, {len(left)} of them left to do")
@@ -128,6 +136,20 @@ def run_sweep(
         elif left:
             failures = run_locally(plan, left, launch.jobs or 1, quiet)
         return _tabulate([plan, *others], failures)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Let one process at a time do the sweep in a directory."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder / PLAN_FILE, _TIMEOUT))
+        except TimeoutError as error:
+            raise TimeoutError(
+                f"out must be a directory in which no other process does a sweep, got {folder}; wait for its end, "
+                f"or choose another directory ({error})"
+            ) from error
+        yield
 
 
 def _commands(plan: Plan) -> SweepResult:
@@ -171,23 +193,29 @@ def _tabulate(plans: Sequence[Plan], failures: Sequence[Failure]) -> SweepResult
     parts = []
     rows: list[dict[str, Any]] = []
     files: dict[str, str] = {}
+    unsaved = ""
     if judgements:
         results = SweepTable(judgements)
         table = results.table()
         rows = results.records()
-        write_atomically(plan.folder / "table.csv", results.csv())
-        title = f"Sweep of {' and '.join(dict.fromkeys(one.method for one in plans))}"
-        write_atomically(plan.folder / "table.md", markdown([table], title))
         parts.append(aligned([table.heading, *table.rows]) + "\n\n" + "\n".join(table.notes))
-        files, why_not = _pictures(plan, results)
-        parts.append("\n".join([*(f"{name}: {path}" for name, path in files.items()), *why_not]))
+        title = f"Sweep of {' and '.join(dict.fromkeys(one.method for one in plans))}"
+        try:
+            write_atomically(plan.folder / "table.csv", results.csv())
+            write_atomically(plan.folder / "table.md", markdown([table], title))
+            files, why_not = _pictures(plan, results)
+        except OSError as error:  # the table and the failures are not lost, as they are printed
+            unsaved = str(error)
+        else:
+            named = (f"{name}: {path}" for name, path in files.items())
+            parts.append("\n".join([*named, *why_not]))
     if missing:
         parts.append("not in the table: " + ", ".join(missing))
     texts = [failure.text() for failure in failures]
     if failures:
         parts += ["failed; the same command tries them again:", *texts]
     content = {"rows": rows, "files": files, "missing": missing, "failures": texts}
-    return SweepResult("\n\n".join(parts), tuple(failures), content)
+    return SweepResult("\n\n".join(parts), tuple(failures), unsaved, content)
 
 
 def _pictures(plan: Plan, results: SweepTable) -> tuple[dict[str, str], list[str]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastadv.ops.checks import one_hot_hint
+from fastadv.ops.values import shown
 
 
 def check_normalised(x: Tensor) -> None:
@@ -71,9 +72,14 @@ def integer_labels(labels: Tensor | np.ndarray[Any, Any] | Sequence[int]) -> Ten
     Raises:
         TypeError: if the labels are no integers.
     """
-    found = (
-        labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels), device="cpu")
-    )
+    try:
+        found = (
+            labels
+            if isinstance(labels, Tensor)
+            else torch.as_tensor(np.asarray(labels), device="cpu")
+        )
+    except (TypeError, ValueError) as error:  # text, a mapping, lists of several lengths
+        raise TypeError(f"labels must be integers, got {shown(labels)}") from error
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise TypeError(
             f"labels must be integers, got {found.dtype}{one_hot_hint('labels', found)}"

@@ -217,29 +217,6 @@ def _takes_alpha(attack: ChosenAttack) -> bool:
     return isinstance(attack, BallAttack) and _PGD_NAME.fullmatch(attack.name) is not None
 
 
-def check_ensemble_asked_for(attacks: Sequence[ChosenAttack], name: str, given: bool) -> bool:
-    """Refuse an option of AutoAttack where no attack is AutoAttack.
-
-    Args:
-        attacks: the attacks to run.
-        name: the option's name.
-        given: whether the caller has given the option.
-
-    Returns:
-        Whether AutoAttack is among the attacks.
-
-    Raises:
-        ValueError: the option would have no effect.
-    """
-    asked = any(isinstance(attack, Ensemble) for attack in attacks)
-    if given and not asked:
-        raise ValueError(
-            f"{name} must be left out: it is an option of autoattack, and the attacks are "
-            f"{' '.join(attack.name for attack in attacks)}"
-        )
-    return asked
-
-
 def check_fewest_classes(attacks: Sequence[ChosenAttack], classes: int) -> None:
     """Require that the loss of every attack is defined for this number of classes.
 

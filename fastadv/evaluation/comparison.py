@@ -291,8 +291,14 @@ def cell_text(line: Line, title: str, interval: bool = True) -> str:
     if title not in line.cells:
         return "-"
     row = line.cells[title].row
-    text = f"{100 * row.accuracy:.2f}" + ("" if row.status == "ok" else f" {row.status}")
+    text = f"{100 * row.accuracy:.2f}{status_mark(row)}"
     return f"{text} {interval_text(row)}" if interval else text
+
+
+def status_mark(*rows: Row) -> str:
+    """Return the worst status of some rows, as it stands behind a figure that is made of them; empty for ok."""
+    found = {row.status for row in rows}
+    return next((f" {status}" for status in ("invalid", "suspect") if status in found), "")
 
 
 def interval_text(row: Row) -> str:

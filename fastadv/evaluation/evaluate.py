@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from fastadv.attacks.options import names_checked
 from fastadv.evaluation.attack_list import (
     AttackChoice,
-    ChosenAttack,
     Clean,
     Minimum,
-    check_ensemble_asked_for,
     check_passes,
     parse_attacks,
 )
@@ -43,6 +41,7 @@ from fastadv.evaluation.samples import (
 from fastadv.evaluation.shared_work import SharedWork
 from fastadv.evaluation.state_folder import Fingerprint, fingerprint, hash_model
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
+from fastadv.evaluation.unused_options import check_options_used
 from fastadv.evaluation.wording import format_eps
 from fastadv.evaluation.worst import WorstKeeper
 from fastadv.ops.values import (
@@ -115,6 +114,7 @@ def evaluate(
             the images that withstand it and all before it, and the last row is the worst case over all. An image
             is broken as soon as one attack breaks it, so this is exact, and cheaper than attacking all images
             again. Each radius has a worst case of its own, and attacks without a ball belong to no worst case.
+            Without an attack in a ball it is refused.
         progress: bars on a terminal, one line per attack elsewhere; false for silence.
         state_dir: a folder in which each attack's state is kept batch by batch, so that the same call continues
             after an interruption; a callable's is not kept. It belongs to one model, data set and choice of
@@ -129,8 +129,9 @@ def evaluate(
             broken.
         eot: passes through the network for each gradient, which is their mean (expectation over transformations),
             for models that draw random numbers: for FGSM, PGD, C&W in a ball, MIM and Auto-PGD.
-        cw_c: c of ``"cwl2-K"``; by default 1, and .001 to begin with where several are tried.
-        cw_lr: learning rate of ``"cwl2-K"``.
+        cw_c: c of ``"cwl2-K"``; by default 1, and .001 to begin with where several are tried. It is refused
+            without this attack.
+        cw_lr: learning rate of ``"cwl2-K"``; likewise.
         keep_images: how many adversarial images each attack's row keeps as ``row.worst``: the images of whose
             wrong class the model is most sure.
         sharded: whether the processes of torch's default process group share the images. All of them then call
@@ -167,7 +168,10 @@ def evaluate(
     eot = integer("eot", eot, at_least=1)
     constants, other = CarliniWagner(cw_c, cw_lr), as_surrogate(surrogate)
     sharded = check_bool("sharded", sharded)
-    _check_attacks(chosen, eot, engine)
+    check_passes(chosen, eot)
+    check_options_used(chosen, engine=engine, worst_case=worst_case, constants=constants)
+    if engine == "reference":
+        import_library()  # missing, it should fail now and not after the other attacks
     samples = as_samples(data, bounds, max_examples)
     radii = [check_eps(radius, norm, samples) for radius in radii]
     models = [model] if other is None else [model, other.model]
@@ -222,13 +226,6 @@ def _check_reporting(on_row: object, progress: object, state_dir: object) -> Non
     check_bool("progress", progress)
     if state_dir is not None:
         check_path("state_dir", state_dir)
-
-
-def _check_attacks(chosen: Sequence[ChosenAttack], eot: int, engine: str) -> None:
-    """Refuse options that no attack takes, and AutoAttack's reference where it is not installed."""
-    check_passes(chosen, eot)
-    if check_ensemble_asked_for(chosen, "engine", engine != "auto") and engine == "reference":
-        import_library()  # missing, it should fail now and not after the other attacks
 
 
 def _finished_batches(

@@ -79,6 +79,8 @@ def check_transferable(
     Raises:
         ValueError: for another attack, or an unknown name.
     """
+    if not isinstance(attack, str | tuple | list) or not attack:
+        raise TypeError(f"attack must be a name or a pair (name, callable), got {shown(attack)}")
     parsed = parse_attacks(attack, eps, alpha)
     found = parsed[0]
     if (

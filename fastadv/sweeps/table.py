@@ -9,10 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastadv.evaluation.attack_list import CLEAN
-from fastadv.evaluation.comparison import Comparison, EvaluatedRun, Line, radius_text
+from fastadv.evaluation.comparison import (
+    Comparison,
+    EvaluatedRun,
+    Line,
+    radius_text,
+    status_mark,
+)
 from fastadv.evaluation.plot_style import png_of
 from fastadv.evaluation.plots import TradeOffPoint, draw_trade_off
 from fastadv.evaluation.reporting import Summary, Table
+from fastadv.evaluation.reporting.other_threat_models import remarks
 from fastadv.evaluation.reporting.seeds import mean_and_deviation
 from fastadv.evaluation.wording import format_eps
 from fastadv.plain_text import csv_cell
@@ -45,9 +52,11 @@ class PointCell:
 
     Attributes:
         values: the accuracies in percent, one per seed.
+        mark: " suspect" or " invalid" if this is the status of one of the results, else empty.
     """
 
     values: tuple[float, ...]
+    mark: str = ""
 
     @property
     def mean(self) -> float:
@@ -60,9 +69,15 @@ class PointCell:
         return mean_and_deviation(list(self.values))[1] if len(self.values) > 1 else None
 
     def __str__(self) -> str:
-        """The mean, and the deviation where there is one."""
+        """The mean, the deviation where there is one, and the status where it is not ok."""
         deviation = self.deviation
-        return f"{self.mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
+        spread = "" if deviation is None else f" ± {deviation:.2f}"
+        return f"{self.mean:.2f}{spread}{self.mark}"
+
+    @property
+    def status(self) -> str:
+        """The worst status of the results."""
+        return self.mark.strip() or "ok"
 
 
 @dataclass(frozen=True)
@@ -135,22 +150,25 @@ class SweepTable:
             )
             for row in self.rows
         ]
-        return Table("Sweep", heading, tuple(body), (_NOTE,))
+        comparison = self.summary.comparison
+        notes = (_NOTE, *dict.fromkeys(remarks(comparison, comparison.white_box)))
+        return Table("Sweep", heading, tuple(body), notes)
 
     def csv(self) -> str:
-        """The table as CSV, with mean and deviation in columns of their own."""
+        """The table as CSV, with mean, deviation and status in columns of their own."""
         names = list(dict.fromkeys(name for row in self.rows for name in row.settings))
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        columns = [f"{title} {part}" for title in self.attacks for part in ("mean", "deviation")]
+        parts = ("mean", "deviation", "status")
+        columns = [f"{title} {part}" for title in self.attacks for part in parts]
         writer.writerow(["sweep", *names, "seeds", "data", "n", "norm", "eps", *columns])
         for row in self.rows:
             cells = [row.cells.get(title) for title in self.attacks]
-            numbers = [
-                "" if number is None else f"{number:.6g}"
-                for cell in cells
-                for number in ((None, None) if cell is None else (cell.mean, cell.deviation))
-            ]
+            numbers: list[str] = []
+            for cell in cells:
+                found = (None, None) if cell is None else (cell.mean, cell.deviation)
+                numbers += ["" if number is None else f"{number:.6g}" for number in found]
+                numbers.append("" if cell is None else cell.status)
             settings = [row.settings.get(name, "") for name in names]
             seeds = " ".join(map(str, row.seeds))
             line = [row.curve, *settings, seeds, *row.where, *numbers]
@@ -171,6 +189,7 @@ class SweepTable:
                         "mean": cell.mean,
                         "deviation": cell.deviation,
                         "values": list(cell.values),
+                        "status": cell.status,
                     }
                     for title, cell in row.cells.items()
                 },
@@ -188,7 +207,7 @@ class SweepTable:
         crowded = len(rows) > _LABELLED
         return [
             TradeOffPoint(
-                row.label or row.curve,
+                (row.label or row.curve) + (row.cells[robust].mark or row.cells[CLEAN].mark),
                 row.cells[CLEAN].mean,
                 row.cells[robust].mean,
                 _bar(row.cells[CLEAN]),
@@ -220,7 +239,10 @@ class SweepTable:
         described = self.summary.comparison.describe(line)
         norm, eps = (line.norm, format_eps(line.eps)) if line.norm else ("-", "-")
         cells = {
-            title: PointCell(tuple(100 * one.cells[title].row.accuracy for _, one in lines))
+            title: PointCell(
+                tuple(100 * one.cells[title].row.accuracy for _, one in lines),
+                status_mark(*(one.cells[title].row for _, one in lines)),
+            )
             for title in self.attacks
             if all(title in one.cells for _, one in lines)
         }

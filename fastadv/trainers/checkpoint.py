@@ -278,7 +278,11 @@ def _put_in_place(temporary: Path, final: Path) -> None:
     if final.exists():
         aside = temporary.with_name(f"{TEMPORARY}{final.name}.old")
         os.replace(final, aside)
-        os.replace(temporary, final)
+        try:
+            os.replace(temporary, final)
+        except BaseException:
+            os.replace(aside, final)
+            raise
         remove(aside)
     else:
         os.replace(temporary, final)

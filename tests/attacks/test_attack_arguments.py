@@ -372,6 +372,16 @@ def test_other_errors_keep_their_words_whatever_the_layout() -> None:
         fastadv.pgd_fused(CONVOLUTION, torch.rand(4, 5, 8, 4), ZEROS)
 
 
+@pytest.mark.parametrize("attack", [fastadv.PGD, fastadv.MIM])
+def test_a_step_of_0_in_a_call_is_refused_as_in_the_constructor(attack: Callable[..., Any]) -> None:
+    made, (x, y) = attack(linear_model(), eps=0.1, alpha=0.1, steps=2), batch()
+    with pytest.raises(ValueError, match="alpha must be > 0, got 0; the attack would stay"):
+        made(x, y, alpha=0)
+    assert torch.equal(made(x, y, alpha=0, eps=0), x)
+    each = made(x, y, alpha=torch.tensor([0.1, 0.0, 0.1, 0.1]), seed=1)
+    assert not torch.equal(each[0], x[0])
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("name", ["eps", "alpha"])
 @pytest.mark.parametrize("number", [NAN, INF, -0.1, 8.0])

@@ -291,6 +291,11 @@ def test_numbers_that_cannot_be_written_are_printed(
     assert "norm of all layers" in out
     assert re.search(r"std/analyses.* cannot be written: ", err)
     assert len(load_records(Path(runs[1]) / "analyses")) == 1
+    together = Path(runs[1]) / "together"
+    together.write_text("in the way")
+    assert analyse(runs[1], "--out", str(together), "--what", "frobenius") == 2
+    out, err = capfd.readouterr()
+    assert "norm of all layers" in out and "together" in err and "cannot be written" in err
     table = Path(runs[1]) / "table.json"
     table.mkdir()
     assert main(["transfer", *runs, "--attack", "fgsm", "--out", str(table), *FEW]) == 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pty
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from run_helpers import fingerprint
 from training_helpers import small_recipe
 
 from fastadv.cli import main
+from fastadv.cli.program import open_closed_streams
 from fastadv.commands import Flags
 from fastadv.ops.values import check_choice, did_you_mean
 from fastadv.trainers import Settings, method_names, train
@@ -200,7 +203,7 @@ def test_switches_take_a_value_too(capfd: pytest.CaptureFixture[str], tmp_path: 
         "--worst_case",
         str(tmp_path / "r"),
         "--attacks",
-        "clean",
+        "fgsm",
         "--max_examples",
         "9",
     ]
@@ -351,3 +354,45 @@ def test_a_run_has_a_name(
     words = ["train", "standard", "--data", "digits", "--run", "", *QUICK]
     assert "run_dir must be the path of a directory, got ''" in fails(words, capfd)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_current_folder_that_is_gone_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert main(["report", "run"]) == 2
+    assert "the current folder has been deleted" in capfd.readouterr().err
+
+
+def test_output_that_cannot_be_written_is_told(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["--version"], ["report", "--help"]):
+        code: object = None
+        # Closing the file writes the text once more.
+        with suppress(OSError), open("/dev/full", "w") as full, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", full)
+            with pytest.raises(SystemExit) as stop:
+                main(words)
+            code = stop.value.code
+        assert code == 2
+        assert "the standard output cannot be written: No space left" in capfd.readouterr().err
+
+
+def test_a_closed_standard_error_is_not_the_standard_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", None)
+        assert main(["no_such_command"]) == 2
+    assert capsys.readouterr().out == ""
+    child = os.fork()
+    if child == 0:  # files that are opened after the streams get other numbers than theirs
+        os.close(1)
+        os.close(2)
+        open_closed_streams()
+        os._exit(0 if os.open(tmp_path, os.O_RDONLY) > 2 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -16,6 +16,7 @@ from processes import Started
 from training_helpers import small_recipe
 
 from fastadv.cli import main
+from fastadv.commands.images import Reading, images_of_run
 from fastadv.commands.result_keeper import unfinished_work
 from fastadv.data import load_dataset
 from fastadv.digest import digest_of
@@ -23,6 +24,7 @@ from fastadv.evaluation import AutoAttackResult, Report, Stage, evaluate, load_r
 from fastadv.models import create_model
 from fastadv.trainers import load_model, train
 from fastadv.trainers.checkpoint import find_checkpoint
+from fastadv.trainers.run_directory import Description, RunDirectory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = ("--max_examples", "20", "--device", "cpu", "--quiet")
@@ -101,6 +103,11 @@ def test_what_has_no_effect_is_refused(run: Path, capsys: pytest.CaptureFixture[
     for words, message in (
         (["--attacks", "clean", "fgsm", "--alpha", "0.1"], "alpha must be left out"),
         (["--attacks", "pgd-2", "--engine", "fp32"], "engine must be left out"),
+        (["--attacks", "pgd-2", "--cw_c", "2"], "cw_c must be left out, got 2.0"),
+        (["--attacks", "min-fgsm", "--cw_lr", ".1"], "cw_lr must be left out, got 0.1"),
+        (["--attacks", "clean", "--worst_case"], "worst_case must be left out, got True"),
+        (["--attacks", "clean", "--eot", "2"], "eot must be left out, got 2"),
+        (["--attacks", "clean", "--surrogate", "x"], "surrogate must be left out, got 'x'"),
         (["--attacks", "pgd-2", "--root", "x"], "root must be left out with digits"),
         (["--attacks", "pgd2"], "did you mean 'pgd-2'?"),
         (["--checkpoint", "bst"], "did you mean 'best'?"),
@@ -318,3 +325,11 @@ def test_a_network_of_the_users_own_code_is_named_on_the_command_line(
     assert names(run) == ["clean"]
     record = json.loads((run / "run.json").read_text())
     assert record["model"]["name"] == "own_network:make"
+
+
+def test_a_root_is_refused_where_the_run_was_trained_on_a_folder(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    source = {"dataset": "folder:pictures", "root": None}
+    run.begin(Description("standard", {}, {}, {}, {}), {"source": source})
+    with pytest.raises(ValueError, match="root must be left out with folder:pictures, got 'x'"):
+        images_of_run(run, None, "x", Reading())

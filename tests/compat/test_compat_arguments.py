@@ -37,7 +37,7 @@ def test_images_of_other_channels_than_the_normalisation_are_named() -> None:
 
 def test_wrong_inputs_are_named() -> None:
     attack, (x, y) = short(compat.BIM, trained_small_cnn(half=False)), digits_test(4)
-    for labels in (y.float(), y.bool(), [0.5, 1, 2, 3]):
+    for labels in (y.float(), y.bool(), [0.5, 1, 2, 3], "0123", {0: 1}, [[1], [2, 3]]):
         with pytest.raises(TypeError, match="labels must be integers"):
             attack(x, labels)
     with pytest.raises(TypeError, match="inputs must be a tensor or a NumPy array"):

@@ -65,6 +65,32 @@ def test_saved_images_are_loaded_as_they_were_attacked(tmp_path: Path) -> None:
         attack.load(file, load_predictions=True)
     with pytest.raises(ValueError, match="normalize must have mean and std"):
         attack.load(file, normalize={"mean": [0.5]})
+    for mean, std in (([0.5] * 3, [0.5]), (0.5, [0.5]), (["a"], [0.5]), ([0.5], [0.0])):
+        with pytest.raises(ValueError, match=r"normalize\['(mean|std)'\] must"):
+            attack.load(file, normalize={"mean": mean, "std": std})  # type: ignore[dict-item]
+
+
+def test_a_file_that_holds_no_saved_images_is_named(tmp_path: Path) -> None:
+    file, x, y = tmp_path / "adv.pt", torch.rand(4, 1, 8, 8), torch.arange(4)
+    torch.save({"adv_inputs": x, "labels": y}, file)
+    assert len(compat.Attack.load(file).dataset) == 4  # type: ignore[arg-type]
+    whole = file.read_bytes()
+    place = whole.index(x.numpy().tobytes()) + 100
+    damaged = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    for content, message in (
+        (damaged, "cannot be read: .* is damaged"),
+        (b"no archive", "cannot be read"),
+        (x, "holds a Tensor"),
+        ({"adv_inputs": x.tolist(), "labels": y}, "a file with adv_inputs"),
+        ({"adv_inputs": x, "labels": y[:3]}, r"one value for each image.*labels \[3\]"),
+    ):
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            torch.save(content, file)
+        with pytest.raises(ValueError, match=f"load_path must be .*{message}") as error:
+            compat.Attack.load(file)
+        assert "adv.pt" in str(error.value) or "a file with" in str(error.value)
 
 
 def test_a_file_that_is_no_path_is_named_before_the_attack() -> None:

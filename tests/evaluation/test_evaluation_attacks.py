@@ -179,7 +179,11 @@ def test_options_that_no_attack_takes_are_refused() -> None:
         with pytest.raises(ValueError, match="alpha must be left out"):
             evaluate(model, data, attacks, alpha=0.01, **QUIET)
     for attacks in ("clean", ["clean", "pgd-2"]):
-        with pytest.raises(ValueError, match=r"engine must be left out: .* the attacks are clean"):
-            evaluate(model, data, attacks, engine="fp32", **QUIET)
+        for name, value in (("engine", "fp32"), ("cw_c", 1.0), ("cw_lr", 0.1)):
+            message = f"{name} must be left out, got {value!r}: .* the attacks are clean"
+            with pytest.raises(ValueError, match=message):
+                evaluate(model, data, attacks, **{name: value}, **QUIET)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="worst_case must be left out, got True"):
+        evaluate(model, data, ["clean", "min-fgsm"], worst_case=True, **QUIET)
     report = evaluate(model, data, ["clean", "fgsm", "mim-1"], alpha=0.01, engine="auto", **QUIET)
     assert report["mim-1"].alpha == 0.01 and report["fgsm"].alpha == 8 / 255

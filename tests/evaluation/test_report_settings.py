@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_helpers import EPS, result
+from report_helpers import EPS, by_heading, result
 
 from fastadv.commands import run_report
 from fastadv.evaluation import Result, Subject, add_results
@@ -55,10 +55,6 @@ VERDICT = "1 of 2 checks are suspect: the robust accuracy may be too high"
 
 def summary(*results: Result, **options: Any) -> Summary:
     return Summary(Comparison([EvaluatedRun("a", "pgd_at", "small_cnn", results)]), **options)
-
-
-def by_heading(table: Any) -> list[dict[str, str]]:
-    return [dict(zip(table.heading, row, strict=True)) for row in table.rows]
 
 
 def test_the_first_table_has_white_box_accuracies_in_a_ball_alone() -> None:

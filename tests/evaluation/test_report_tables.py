@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_helpers import EPS, result
+from report_helpers import EPS, by_heading, result
 from training_helpers import small_recipe
 
 from fastadv.commands import run_report
@@ -49,6 +49,26 @@ def test_runs_that_differ_in_their_seed_are_averaged() -> None:
     assert [point.minor for point in points] == [True] * 3 + [False]
     assert points[-1].name == "pgd_at, mean of 3"
     assert (points[-1].clean, points[-1].robust) == pytest.approx((clean.mean(), robust.mean()))
+
+
+def test_figures_made_of_doubtful_rows_are_marked() -> None:
+    fine, doubtful = runs((240, 120), (246, 129))
+    clean, robust = doubtful.results
+    row = replace(robust.row, status="suspect", notes=("gradients are zero",))
+    doubtful = replace(doubtful, results=(clean, replace(robust, row=row)))
+    summary = Summary(Comparison([fine, doubtful]))
+    (mean,) = by_heading(summary.over_seeds())
+    assert mean["clean %"] == "81.00 ± 1.41" and mean["autoattack %"] == "41.50 ± 2.12 suspect"
+    assert mean["Sum"].endswith(" suspect") and mean["mean"].endswith(" suspect")
+    first, second = by_heading(summary.trade_offs())
+    assert second["robust %"].startswith("43.00 suspect [") and "suspect" not in second["clean %"]
+    assert second["Sum"].startswith("125.00 suspect [")
+    assert second["mean"].startswith("62.50 suspect [") and second["ARDist"] == "-"
+    assert not any("suspect" in cell for cell in first.values())
+    stages = [line["left %"] for line in by_heading(summary.stages())]
+    assert [cell.endswith(" suspect") for cell in stages] == [False, False, True, True]
+    names = [point.name for point in summary.points()]
+    assert names == ["at0", "at1 suspect", "pgd_at, mean of 2 suspect"]
 
 
 def test_runs_that_differ_in_more_are_not_averaged() -> None:

@@ -184,6 +184,8 @@ def test_a_matrix_is_of_one_attack_in_a_ball(attack: str) -> None:
         transfer_matrix({"a": model, "b": model}, (x, y), attack, **QUIET)
     with pytest.raises(ValueError, match="models must be two or more"):
         transfer_matrix({"a": model}, (x, y), **QUIET)
+    with pytest.raises(TypeError, match="attack must be a name or a pair"):
+        transfer_matrix({"a": model, "b": model}, (x, y), 20, **QUIET)  # type: ignore[arg-type]
     fewer, _, _ = linear_problem(classes=5, n=1)
     with pytest.raises(ValueError, match="got 4 of a and 5 of b"):
         transfer_matrix({"a": model, "b": fewer}, (x, y), **QUIET)

@@ -29,3 +29,7 @@ def result(name: str, correct: int, eps: float = EPS, **changes: Any) -> Result:
         date="2026-01-02T03:04:05+00:00",
     )
     return replace(plain, **changes)
+
+
+def by_heading(table: Any) -> list[dict[str, str]]:
+    return [dict(zip(table.heading, row, strict=True)) for row in table.rows]

@@ -20,6 +20,7 @@ from report_helpers import result
 
 from fastadv.cli import main
 from fastadv.evaluation.comparison import EvaluatedRun
+from fastadv.locks import locked
 from fastadv.sweeps import Axis, Grid, Plan, parse_grid
 from fastadv.sweeps.processes import command_of, last_lines
 from fastadv.sweeps.ray_cluster import run_on_ray
@@ -208,10 +209,16 @@ def test_runs_keep_their_names_and_no_two_share_one(tmp_path: Path) -> None:
         (["--grid", "lr=.1", "--gpus_per_run", "1"], "gpus_per_run has no effect"),
         (["--grid", "lr=.1", "--jobs", "0"], "jobs must be >= 1"),
         (["--grid", "lr=.1", "--beside", "nowhere"], "no sweep in nowhere"),
+        (["--grid", "lr=.1", "--beside", "a", "./a"], "beside must name other sweeps than out"),
         (["--grid", "lr=.1", "--eval_network", "natural"], "eval_network must be left out"),
         (["--grid", "lr=.1", "--eval_extractors", "1,2"], "eval_extractors must be left out"),
         (["--grid", "lr=.1", "--eval_attacks", "pgd-2o"], "unknown attack 'pgd-2o'"),
         (["--grid", "lr=.1", "--eval_out", "all.json"], "eval_out must be left out"),
+        (
+            ["--grid", "lr=.1", "--attacks", "fgsm", "--eval_engine", "fp32"],
+            "engine must be left out",
+        ),
+        (["--grid", "lr=.1", "--attacks", "square", "--eval_eot", "2"], "eot must be 1 for square"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(
@@ -283,6 +290,32 @@ def test_a_damaged_record_of_a_run_is_no_record(tmp_path: Path) -> None:
     assert not run.is_trained() and not run.is_finished(())
 
 
+def test_one_process_at_a_time_does_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fastadv.commands.sweep._TIMEOUT", 0)
+    with locked(tmp_path / "sweep.json"):
+        assert main(sweep_words(tmp_path, "lr=.1")) == 2
+    told = capsys.readouterr().err
+    assert f"no other process does a sweep, got {tmp_path}" in told
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_table_that_cannot_be_written_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = plan_of(tmp_path, "lr=.1", "seed=0").runs[0]
+    judged = EvaluatedRun(run.name, "standard", "small_cnn", (result("clean", 250),))
+    found = ([Judgement("standard", run, judged)], ["lr=0.2,seed=0"])
+    monkeypatch.setattr("fastadv.commands.sweep._judgements", lambda plans: found)
+    monkeypatch.setattr("fastadv.commands.sweep.run_locally", lambda *arguments: [])
+    (tmp_path / "table.csv").mkdir()
+    assert main(sweep_words(tmp_path, "lr=.1")) == 2
+    out, err = capsys.readouterr()
+    assert "clean %" in out and "not in the table: lr=0.2,seed=0" in out
+    assert "table.csv cannot be written: Is a directory" in err
+
+
 def test_the_table_has_mean_and_deviation_over_the_seeds(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "lr=.1,.2", "seeds=2")
     judgements = []
@@ -307,6 +340,27 @@ def test_the_table_has_mean_and_deviation_over_the_seeds(tmp_path: Path) -> None
     ]
     assert points[0].robust_interval == pytest.approx((40 - 200**0.5, 40 + 200**0.5))
     assert (table.picture() or b"").startswith(b"\x89PNG")
+
+
+def test_a_sweep_marks_doubtful_figures_in_all_its_formats(tmp_path: Path) -> None:
+    judgements = []
+    for run in plan_of(tmp_path, "lr=.1", "seeds=2").runs:
+        subject = replace(result("clean", 0).subject, weights=run.name)
+        rows = [result("clean", 240, subject=subject), result("fgsm", 90, subject=subject)]
+        if run.seed == 1:
+            doubtful = replace(rows[1].row, status="suspect", notes=("gradients are zero",))
+            rows[1] = replace(rows[1], row=doubtful)
+        judged = EvaluatedRun(run.name, "standard", "small_cnn", tuple(rows), seed=run.seed)
+        judgements.append(Judgement("standard", run, judged))
+    table = SweepTable(judgements)
+    text = dict(zip(table.table().heading, table.table().rows[0], strict=True))
+    assert (text["clean %"], text["fgsm %"]) == ("80.00 ± 0.00", "30.00 ± 0.00 suspect")
+    assert any("gradients are zero" in note for note in table.table().notes)
+    first = next(csv.DictReader(table.csv().splitlines()))
+    assert (first["clean status"], first["fgsm status"]) == ("ok", "suspect")
+    accuracy = table.records()[0]["accuracy"]
+    assert (accuracy["clean"]["status"], accuracy["fgsm"]["status"]) == ("ok", "suspect")
+    assert [point.name for point in table.points()] == ["lr 0.1 suspect"]
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from fastadv.evaluation.comparison import Comparison, Line
+from fastadv.evaluation.comparison import Comparison, Line, status_mark
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class Series:
         if any(title not in line.cells for line in self.lines):
             return None
         return [100 * line.cells[title].row.accuracy for line in self.lines]
+
+    def mark(self, *titles: str | None) -> str:
+        """The worst status of the results in some columns, as `status_mark` writes it."""
+        cells = (line.cells.get(title or "") for line in self.lines for title in titles)
+        return status_mark(*(result.row for result in cells if result is not None))
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float]:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
-from fastadv.evaluation.comparison import Comparison, EvaluatedRun, Line, interval_text, radius_text
+from fastadv.evaluation.comparison import (
+    Comparison,
+    EvaluatedRun,
+    Line,
+    cell_text,
+    interval_text,
+    radius_text,
+    status_mark,
+)
 from fastadv.evaluation.metrics import ardist, wilson_interval
 from fastadv.evaluation.plots import TradeOffPoint
 from fastadv.evaluation.reporting.masking import masking_table, verdicts
@@ -140,8 +148,11 @@ class Summary:
                 continue
             clean, robust = line.cells[CLEAN].row, line.cells[title].row
             cells = [self.comparison.label(line), line.norm, format_eps(line.eps), title]
-            cells += [f"{100 * row.accuracy:.2f} {interval_text(row)}" for row in (clean, robust)]
-            cells += [str(measured.sum), str(measured.mean), str(measured.ardist or "-")]
+            cells += [cell_text(line, column) for column in (CLEAN, title)]
+            mark = status_mark(clean, robust)
+            for measure in (measured.sum, measured.mean, measured.ardist):
+                value, _, interval = str(measure or "-").partition(" ")
+                cells.append(f"{value}{mark} {interval}" if interval else value)
             rows.append(tuple(cells))
             published = published_for(line.cells[title])
             if published is not None and not published.covers(100 * clean.accuracy):
@@ -169,13 +180,15 @@ class Summary:
             described = self.comparison.describe(line)
             cells = [described[name] for name in ("method", "model", "data", "n", "norm", "eps")]
             cells.append(", ".join(map(str, series.seeds)))
-            cells += [_spread(series.accuracies(title)) for title in attacks]
+            for column in attacks:
+                cells.append(_spread(series.accuracies(column), series.mark(column)))
             title = self.strongest(line)
+            mark = series.mark(CLEAN, title)
             measured = [self.trade_off(one, title) if title else None for one in series.lines]
             for name in ("sum", "mean", "ardist"):
                 found = [getattr(one, name, None) for one in measured]
                 values = [one.value for one in found if one is not None]
-                cells.append(_spread(values if len(values) == len(found) else None))
+                cells.append(_spread(values if len(values) == len(found) else None, mark))
             cells.append(", ".join(one.run.name for one in series.lines))
             rows.append(tuple(cells))
         heading = (
@@ -218,7 +231,7 @@ class Summary:
                 rows.append(
                     (
                         *(self.comparison.label(line), line.norm, format_eps(line.eps), title),
-                        *(stage.name, f"{100 * stage.correct / row.n:.2f}"),
+                        *(stage.name, f"{100 * stage.correct / row.n:.2f}{status_mark(row)}"),
                         f"[{100 * low:.2f}, {100 * high:.2f}]",
                         "-" if before is None else str(before - stage.correct),
                         *(stage.search, str(stage.refined), f"{stage.seconds:.1f}"),
@@ -334,23 +347,22 @@ def _or_dash(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def _spread(values: list[float] | None) -> str:
+def _spread(values: list[float] | None, mark: str) -> str:
     if values is None:
         return "-"
     mean, deviation = mean_and_deviation(values)
-    return f"{mean:.2f} ± {deviation:.2f}"
+    return f"{mean:.2f} ± {deviation:.2f}{mark}"
 
 
 def _point(comparison: Comparison, line: Line, robust: str, minor: bool) -> TradeOffPoint:
     clean, attacked = line.cells[CLEAN].row, line.cells[robust].row
-    return TradeOffPoint.from_rows(
-        comparison.label(line), clean, attacked, method=line.run.method, minor=minor
-    )
+    name = f"{comparison.label(line)}{status_mark(clean, attacked)}"
+    return TradeOffPoint.from_rows(name, clean, attacked, method=line.run.method, minor=minor)
 
 
 def _mean_point(series: Series, robust: str) -> TradeOffPoint:
     clean, attacked = series.accuracies(CLEAN), series.accuracies(robust)
     assert clean is not None and attacked is not None
-    name = f"{series.method}, mean of {len(series.lines)}"
+    name = f"{series.method}, mean of {len(series.lines)}{series.mark(CLEAN, robust)}"
     means = (mean_and_deviation(clean)[0], mean_and_deviation(attacked)[0])
     return TradeOffPoint(name, *means, method=series.method)
