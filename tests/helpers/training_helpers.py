@@ -60,7 +60,7 @@ def small_recipe(method: str, **changes: Any) -> Recipe:
         numbers = numbers | {"steps": 1}
     if kind is FreeRecipe:  # which has no passes of the attack alone
         numbers = {name: value for name, value in numbers.items() if name != "attack_precision"}
-    if kind is ArrestRecipe and changes.get("replay", True):
+    if kind is ArrestRecipe and changes.get("replay", True) and changes.get("replay_epochs", 1):
         numbers = numbers | {"replay_epochs": 1, "phi": 20.0}
     if kind is LasAtRecipe:
         numbers = numbers | SMALL_STRATEGY
