@@ -235,7 +235,8 @@ class CWL2(Attack):
         if batch.given_start is not None:
             raise ValueError("start must be None for CWL2, which begins at the images")
         ones = torch.ones(batch.x.shape[0], dtype=batch.x.dtype, device=batch.x.device)
-        low, high, c = 0 * ones, torch.inf * ones, self.settings.c * ones
+        largest = torch.finfo(ones.dtype).max / 16  # ten times as much is finite as well
+        low, high, c = 0 * ones, torch.inf * ones, min(self.settings.c, largest) * ones
         best, best_distance = batch.x.clone(), torch.inf * ones
         for _ in range(self.settings.search_steps):
             adv, distance = self._minimise(batch, c)
@@ -244,7 +245,7 @@ class CWL2(Attack):
             best_distance = torch.minimum(distance, best_distance)
             high = torch.where(found, torch.minimum(high, c), high)
             low = torch.where(found, low, torch.maximum(low, c))
-            c = torch.where(high.isfinite(), (low + high) / 2, c * 10)
+            c = torch.where(high.isfinite(), low / 2 + high / 2, (c * 10).clamp(max=largest))
         return best
 
     def _minimise(self, batch: AttackBatch, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,6 +259,9 @@ class CWL2(Attack):
             return margin(logits, batch.y).clamp(max=settings.kappa)
 
         w = torch.atanh(((x - low) / half - 1).clamp(-1, 1) * _INSIDE)
+        # Adam's moments are those of the gradient over this scale, whose squares would overflow for a large c.
+        scale = c.clamp(min=1)
+        distance_weight, margin_weight = (over_samples(n / scale, x) for n in (1, c))
         first, second = torch.zeros_like(w), torch.zeros_like(w)
         nearest, nearest_distance = x, torch.full_like(c, torch.inf)
         for step in range(1, settings.steps + 1):
@@ -272,10 +276,11 @@ class CWL2(Attack):
             nearest = where_images(nearer, adv, nearest)
             nearest_distance = torch.where(nearer, distance, nearest_distance)
             # d/dw of the objective, through x' = low + half (tanh(w) + 1)
-            grad = (delta / half - over_samples(c, x) * found.grad) * half * (1 - tanh.square())
+            grad = distance_weight * delta / half - margin_weight * found.grad
+            grad = grad * half * (1 - tanh.square())
             first = torch.lerp(grad, first, _BETAS[0])
             second = torch.lerp(grad.square(), second, _BETAS[1])
-            scale = math.sqrt(1 - _BETAS[1] ** step)
-            rate = settings.lr * scale / (1 - _BETAS[0] ** step)
-            w = w - rate * first / (second.sqrt() + scale * _ADAM_EPS)
+            correction = math.sqrt(1 - _BETAS[1] ** step)
+            rate = settings.lr * correction / (1 - _BETAS[0] ** step)
+            w = w - rate * first / (second.sqrt() + correction * _ADAM_EPS * distance_weight)
         return nearest, nearest_distance

@@ -36,8 +36,9 @@ _SLOW_FIRST_EPOCH = Piecewise((0, 1, 75, 90), (0.2, 1.0, 0.1, 0.01))
 class LbgatRecipe(NaturalRecipe, BaseOptionsRecipe):
     """Numbers of the authors' code, which has the attack of TRADES; with a base the numbers of the base.
 
-    The preset "official" also has that code's natural model, a ResNet-18 whose second stage has stride 1. BGAT has
-    no published code. It has the numbers of TRADES' own recipe.
+    The preset "official" also has that code's natural model, a ResNet-18 whose second stage has stride 1. With
+    "paper" the natural model has the architecture of the robust model, which fits images of every size, unless
+    `natural` names another. BGAT has no published code. It has the numbers of TRADES' own recipe.
 
     Attributes:
         base: the guided method: "pgd_at", "trades", "mart", "alp" or "hat". Its whole loss is added. Without a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -64,10 +65,20 @@ class NaturalMethod(PairMethod[NaturalT]):
         return self.runtime.make("natural", name)
 
     def initialise(self) -> None:
-        """Draw new weights for a natural model that was made as a copy of the robust model."""
+        """Draw new weights for a natural model that was made as a copy of the robust model.
+
+        A warning names the trained parameters that cannot be drawn again, and so have the robust model's values.
+        """
         if self._is_copy:
             torch.manual_seed(derive_seed(self.recipe.seed, "natural"))
-            _reset_parameters(self.natural)
+            kept = _reset_parameters(self.natural)
+            if kept:
+                warnings.warn(
+                    f"the natural model begins with the model's own values of {', '.join(kept[:3])}"
+                    f"{' and others' if len(kept) > 3 else ''}, which no reset_parameters of its modules draws "
+                    "again; natural names an architecture that is built anew",
+                    stacklevel=2,
+                )
 
     def trainable(self) -> dict[str, nn.Module]:
         """Return the robust model, then the natural model if it is trained."""
@@ -77,8 +88,16 @@ class NaturalMethod(PairMethod[NaturalT]):
         return models
 
 
-def _reset_parameters(model: nn.Module) -> None:
-    """Draw all weights again, as each class does when it is created: inner modules first, then their owners."""
+def _reset_parameters(model: nn.Module) -> list[str]:
+    """Draw all weights again, as each class does when it is created: inner modules first, then their owners.
+
+    Returns:
+        The names of the trained parameters of which no module that holds them has `reset_parameters`.
+    """
+    drawn: set[int] = set()
     for module in reversed(list(model.modules())):
         if callable(reset := getattr(module, "reset_parameters", None)):
             reset()
+            # A module without the function of its own leaves its parameters to the modules around it.
+            drawn |= {id(parameter) for parameter in module.parameters()}
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in drawn]

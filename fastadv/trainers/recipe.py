@@ -77,7 +77,7 @@ class Recipe(metaclass=RecipeType):
         holdout: number of training images set aside for validation, which chooses the best checkpoint. With 0
             test images choose it, as in the papers, and its test accuracy is then slightly optimistic.
         monitor_images: number of images for validation.
-        monitor_steps: steps of PGD in a validation (for methods with an eps).
+        monitor_steps: steps of PGD in a validation, for methods with an eps; the others have no attack in it.
         monitor_every: epochs between two validations.
         patience: number of validations without an improvement after which the run ends early (against robust
             overfitting, Rice et al. 2020). Set `holdout` too, because otherwise test images decide it.

@@ -174,3 +174,14 @@ def test_bad_settings_of_cw_l2_are_refused(
 def test_cw_l2_takes_no_radius() -> None:
     with pytest.raises(TypeError, match="eps must not be given to CWL2"):
         fastadv.CWL2(trained_small_cnn())(*digits_test(4), eps=0.1)
+
+
+@pytest.mark.parametrize(
+    "c", [1e25, 1e300]
+)  # the square of a gradient, or c itself, is not finite in float32
+def test_cw_l2_bears_a_huge_c(c: float) -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(6)
+    large, huge = (fastadv.CWL2(model, c=n, steps=40, lr=0.1, search_steps=2) for n in (1e9, c))
+    adv = huge(x, y)
+    assert (model(adv).argmax(1) != y).all()
+    torch.testing.assert_close(adv, large(x, y), rtol=0, atol=1e-3)

@@ -54,11 +54,13 @@ def small_recipe(method: str, **changes: Any) -> Recipe:
     """A recipe of any method for `small_data`."""
     kind = find_method(method).recipe_class
     numbers = SMALL | (ATTACK if issubclass(kind, AdversarialRecipe) else {})
+    if not issubclass(kind, AdversarialRecipe):  # whose validation has no attack
+        del numbers["monitor_steps"]
     if kind is NFgsmRecipe:
         numbers = numbers | {"steps": 1}
     if kind is FreeRecipe:  # which has no passes of the attack alone
         numbers = {name: value for name, value in numbers.items() if name != "attack_precision"}
-    if kind is ArrestRecipe and changes.get("replay", True):
+    if kind is ArrestRecipe and changes.get("replay", True) and changes.get("replay_epochs", 1):
         numbers = numbers | {"replay_epochs": 1, "phi": 20.0}
     if kind is LasAtRecipe:
         numbers = numbers | SMALL_STRATEGY

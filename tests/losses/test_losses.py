@@ -253,3 +253,9 @@ def test_wrong_arguments_of_mart_with_constants_are_named(
     }
     with pytest.raises(error, match=words):
         mart(**(arguments | change))
+
+
+def test_kd_sends_no_gradient_to_the_teacher() -> None:
+    student, teacher = (torch.randn(4, 3, requires_grad=True) for _ in range(2))
+    losses.kd(student, teacher, 2.0).backward()
+    assert teacher.grad is None and student.grad is not None

@@ -16,11 +16,22 @@ from training_helpers import make_batch, small_data, small_recipe, states_equal
 from fastadv.attacks import uniform_radius_start
 from fastadv.cli import main
 from fastadv.models import create_model
-from fastadv.trainers import Constant, Cyclic, GradAlignRecipe, Recipe, find_method, train
+from fastadv.trainers import (
+    Constant,
+    Cyclic,
+    GradAlignRecipe,
+    MultiStep,
+    Piecewise,
+    Recipe,
+    Step,
+    find_method,
+    train,
+)
 from fastadv.trainers.fast import FastRecipe
 from fastadv.trainers.unused import check_all_used
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+RADIUS = {"norm": "l2", "random_start": False, "l2_start": "radius"}
 
 
 @pytest.mark.parametrize(
@@ -36,6 +47,35 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ),
         ("fat", {"epochs": 5, "tau_epochs": (5, 7)}, "tau_epochs has no effect with 5 epochs"),
         ("sat", {"epochs": 30, "final_gap": 0.6}, "final_gap has no effect with 30 epochs"),
+        ("standard", {"monitor_steps": 3}, "monitor_steps has no effect with standard, which has"),
+        ("arrest", {"replay_epochs": 0, "phi": 45.0}, "phi has no effect with replay_epochs 0"),
+        ("arrest", {"phi": 90.0, "replay_with": "clean"}, "replay_with has no effect with phi 90"),
+        ("arrest", {"replay": False, **RADIUS}, "l2_start has no effect with random_start false"),
+        ("act", {"weight": 0.0, "temperature": 3.0}, "temperature has no effect with weight 0"),
+        ("vfd", {"base": "mart", "beta": 0.0, "weight": 2.0}, "weight has no effect with beta 0"),
+        ("afs", {"mix": "batch", "weight": 1.0, "eps_low": 0.01}, "eps_low .* attacks no image"),
+        ("las_at", {"strategy_lr": 0.0, "clean_weight": 1.0}, "clean_weight .* strategy_lr 0"),
+        ("s2o", {"weight": 0.0, "own": 0.3}, "own has no effect with weight 0"),
+        ("sat", {"gap": 0.4, "gap_end": 90}, "gap_end has no effect with gap = final_gap"),
+        (
+            "kd_at",
+            {"standard_weight": 0.0, "robust_weight": 0.0, "temperature": 4.0},
+            "temperature has no effect with standard_weight 0 and robust_weight 0",
+        ),
+        (
+            "kd_at",
+            {"base": "trades", "label_weight": 0.0, "beta": 3.0},
+            "beta has no effect with label_weight 0",
+        ),
+        ("pgd_at", {"weight_decay": 0.0, "norm_decay": False}, "norm_decay .* weight_decay 0"),
+        (
+            "pgd_at",
+            {"extra_fraction": 1.0, "extra_weight": 0.5},
+            "extra_weight has no effect with extra_fraction 1",
+        ),
+        ("pgd_at", {"epochs": 30, "schedule": MultiStep((30, 40))}, "schedule .* 30 epochs"),
+        ("pgd_at", {"epochs": 30, "schedule": Step(30)}, "schedule has no effect with 30 epochs"),
+        ("pgd_at", {"epochs": 9, "schedule": Piecewise((0, 9), (1.0, 0.1))}, "schedule has no"),
     ],
 )
 def test_what_another_number_leaves_without_effect_is_refused(
@@ -46,6 +86,13 @@ def test_what_another_number_leaves_without_effect_is_refused(
         check_all_used(kind, kind.recipe_class(**numbers))
 
 
+def test_the_scale_of_an_attack_with_one_term_has_no_effect() -> None:
+    kind = find_method("act")
+    recipe = kind.recipe_class(weight=1.0, attack_divergence="sum")  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="attack_divergence has no effect with weight 1"):
+        check_all_used(kind, recipe, "paper")
+
+
 @pytest.mark.parametrize(
     ("method", "numbers"),
     [
@@ -54,6 +101,16 @@ def test_what_another_number_leaves_without_effect_is_refused(
         ("fat", {"epochs": 5}),
         ("sat", {"epochs": 31, "final_gap": 0.6}),
         ("mart", {"start_std": 0.01}),
+        ("standard", {"monitor_steps": 10}),
+        ("arrest", {"replay_epochs": 1, "phi": 45.0}),
+        ("arrest", RADIUS),  # for the points that replace images
+        ("act", {"weight": 1.0, "temperature": 3.0}),
+        ("vfd", {"base": "mart", "beta": 0.1, "weight": 2.0}),
+        ("kd_at", {"base": "hat", "label_weight": 0.0, "reach": 1.0}),
+        ("pgd_at", {"epochs": 30}),
+        ("pgd_at", {"epochs": 30, "schedule": MultiStep((29, 40))}),
+        ("pgd_at", {"epochs": 9, "schedule": Piecewise((0, 9), (0.5, 0.1))}),
+        ("pgd_at", {"epochs": 9, "schedule": Constant()}),
     ],
 )
 def test_what_has_an_effect_is_taken(method: str, numbers: dict[str, Any]) -> None:

@@ -291,3 +291,18 @@ def test_a_run_in_l2_is_judged_in_l2(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert found == [("l2", 0.1), ("linf", 8 / 255)]
     assert main([*words, "--bounds", "-1", "1"]) == 2
     assert "eps must be given with norm l2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("l2_start", ["ball", "radius"])
+def test_noise_that_replaces_images_stays_in_0_to_1(l2_start: str) -> None:
+    method, batch = make("arrest", l2_start=l2_start), make_batch()
+    batch = dataclasses.replace(batch, x=batch.x.round())
+    clipped, free = (method.random_point(batch, "replay", clip) for clip in (True, False))
+    assert torch.equal(clipped, free.clamp(0, 1)) and not torch.equal(clipped, free)
+
+
+def test_dm_at_begins_in_l2_with_the_noise_of_trades() -> None:
+    batch = make_batch()
+    starts = [make(name).start_of(batch) for name in ("dm_at", "trades")]
+    assert torch.equal(*starts) and not torch.equal(starts[0], batch.x)
+    assert make_method("dm_at", make_model(0)).start_of(batch) is None  # in linf PGD's own

@@ -232,3 +232,12 @@ def test_a_resumed_run_ends_bit_for_bit(
 def test_numbers_out_of_range_are_refused(numbers: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small_recipe("las_at", **numbers)
+
+
+def test_the_strategy_networks_first_weights_follow_the_recipes_seed_alone() -> None:
+    def drawn(outside: int, seed: int) -> dict[str, Tensor]:
+        torch.manual_seed(outside)
+        return dict(las_at(seed=seed).strategy.state_dict())
+
+    assert states_equal(drawn(1, 3), drawn(2, 3))
+    assert not states_equal(drawn(1, 3), drawn(1, 4))

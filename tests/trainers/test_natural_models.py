@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,39 @@ def test_clean_images_move_the_statistics_of_lbgat_without_divergence(
         assert torch.allclose(ours[key], value, rtol=1e-12)
     means = [key for key in ours if key.endswith("running_mean")]
     assert not any(torch.allclose(ours[k], only_adversarial[k], rtol=1e-2) for k in means)
+
+
+class WithToken(nn.Module):
+    """A network with a parameter that belongs to no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.full((16,), 0.5))
+        self.fixed = nn.Parameter(torch.ones(16), requires_grad=False)
+        self.first, self.last = nn.Linear(64, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x.flatten(1)) + self.token * self.fixed
+        return self.last(torch.relu(hidden))
+
+
+class Redrawn(WithToken):
+    """The same network, which draws its parameters itself."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.token)
+
+
+@pytest.mark.parametrize("name", ["act", "lbgat"])
+def test_parameters_that_a_copy_cannot_draw_again_are_named(name: str) -> None:
+    method: Any = make_method(name, WithToken())
+    with pytest.warns(UserWarning, match=r"the model's own values of token, which") as warned:
+        method.initialise()
+    assert len(warned) == 1
+    assert not torch.equal(method.natural.first.weight, method.model.first.weight)
+    redrawn: Any = make_method(name, Redrawn())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        redrawn.initialise()
+        make_method(name, make_model(0)).initialise()
+    assert not torch.equal(redrawn.natural.token, redrawn.model.token)
