@@ -80,9 +80,7 @@ class Scale:
                 numbers[name] = _fewer(getattr(recipe, name), epochs / recipe.epochs)
         if self.network and hasattr(recipe, "strategy"):  # LAS-AT's second network
             numbers["strategy"] = self.network
-        if not isinstance(recipe, AdversarialRecipe):
-            numbers.pop("monitor_steps", None)  # there is no attack in its validation
-        else:
+        if isinstance(recipe, AdversarialRecipe):
             steps = recipe.steps if self.steps is None else min(self.steps, recipe.steps)
             numbers["eps"], numbers["steps"] = recipe.eps * self.radius, steps
             numbers["alpha"] = recipe.alpha * self.radius

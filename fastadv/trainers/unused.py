@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, TypeAlias
 
 from fastadv.trainers.bases import unused_of_base
 from fastadv.trainers.methods import MethodClass
-from fastadv.trainers.recipe import AdversarialRecipe, Recipe
+from fastadv.trainers.recipe import Recipe
 from fastadv.trainers.schedules import MultiStep, Piecewise, Schedule, Step
 
 _GROWING_TAU = ("fat", "trades", "mart", "rst", "dm_at")
@@ -16,7 +17,7 @@ _Condition: TypeAlias = tuple[bool, str, list[str]]
 
 
 def check_all_used(method: MethodClass, recipe: Recipe, preset: str | None = None) -> None:
-    """Refuse a number that the caller chose and that has no effect.
+    """Refuse a number that the caller chose and that has no effect; warn of a schedule that drops after the run.
 
     Args:
         method: the training method.
@@ -34,6 +35,12 @@ def check_all_used(method: MethodClass, recipe: Recipe, preset: str | None = Non
         value = getattr(recipe, name, None)
         if all(value != getattr(default, name, None) for default in defaults):
             raise ValueError(f"{name} has no effect {reason}, got {value}")
+    # No error: a short trial of a long run is usual.
+    if _first_drop(recipe.schedule) >= recipe.epochs:
+        warnings.warn(
+            f"schedule does not change the learning rate within {recipe.epochs} epochs, got {recipe.schedule}",
+            stacklevel=2,
+        )
 
 
 def _without_effect(method: str, recipe: Recipe) -> dict[str, str]:
@@ -43,16 +50,6 @@ def _without_effect(method: str, recipe: Recipe) -> dict[str, str]:
         return getattr(recipe, name, None)
 
     conditions: list[_Condition] = [
-        (
-            not isinstance(recipe, AdversarialRecipe),
-            f"with {method}, which has no eps and is validated on clean images alone",
-            ["monitor_steps"],
-        ),
-        (
-            _first_drop(recipe.schedule) >= recipe.epochs,
-            f"with {recipe.epochs} epochs, before the end of which it does not change the learning rate",
-            ["schedule"],
-        ),
         (not value("pad"), "with pad 0", ["pad_mode"]),
         (not value("weight_decay"), "with weight_decay 0", ["norm_decay"]),
         (

@@ -54,8 +54,6 @@ def small_recipe(method: str, **changes: Any) -> Recipe:
     """A recipe of any method for `small_data`."""
     kind = find_method(method).recipe_class
     numbers = SMALL | (ATTACK if issubclass(kind, AdversarialRecipe) else {})
-    if not issubclass(kind, AdversarialRecipe):  # whose validation has no attack
-        del numbers["monitor_steps"]
     if kind is NFgsmRecipe:
         numbers = numbers | {"steps": 1}
     if kind is FreeRecipe:  # which has no passes of the attack alone

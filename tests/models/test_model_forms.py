@@ -205,8 +205,7 @@ def saved(path: Path, model: nn.Module) -> Path:
 
 
 def train_one_epoch(method: str, folder: Path, **options: Any) -> Any:
-    fast = {"epochs": 1} | ({} if method == "standard" else {"monitor_steps": 0})
-    recipe = small_recipe(method, **fast, **options.pop("changes", {}))
+    recipe = small_recipe(method, epochs=1, monitor_steps=0, **options.pop("changes", {}))
     common: dict[str, Any] = {"data": small_data(16, 4), "progress": False, "device": "cpu"}
     return train(method, recipe, run_dir=folder, **(common | options))
 

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TRAINING = (
     *("--data", "digits", "--epochs", "3", "--train_images", "128", "--batch_size", "32"),
     *("--pad", "1", "--flip", "false", "--precision", "fp32", "--schedule", "Constant"),
-    *("--monitor_images", "16", "--checkpoint_every", "2"),
+    *("--monitor_images", "16", "--monitor_steps", "2", "--checkpoint_every", "2"),
 )
 JUDGING = ("--attacks", "clean", "fgsm", "--max_examples", "60", "--eval_eps", ".1")
 
