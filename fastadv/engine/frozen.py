@@ -40,8 +40,8 @@ def frozen(
     Args:
         model: an ``nn.Module``, or another callable.
         train_mode: run in train instead of eval mode.
-        keep_state: put the buffers and the tensors in attributes back on leaving. If a weight or buffer had another
-            value, all plain attributes go back, since they may tell of it.
+        keep_state: put the buffers and the tensors in attributes back on leaving. If a weight or a buffer had
+            another value, all plain attributes go back, since they may tell of it.
         freeze_parameters: inside, no parameter requires grad, so that gradients of the images alone are computed.
         keep_parameters: put the values and gradients of the parameters back on leaving. Inside, they have no
             gradient.
@@ -232,7 +232,7 @@ def kept_parameters(
 def _kept_structure(
     parts: Sequence[nn.Module], goes_back: Callable[[], bool] = lambda: True
 ) -> Iterator[None]:
-    """Let modules have the same parameters and submodules as before, where the attributes go back that tell of them.
+    """Let modules have their parameters and submodules back, where the attributes go back that tell of them.
 
     Some models fuse their layers in their first pass, and note that they have.
     """
@@ -256,7 +256,9 @@ def _differs(now: Mapping[str, object], before: Mapping[str, object]) -> bool:
     if now.keys() != before.keys():
         return True
     pairs = [(now[name], old) for name, old in before.items()]
-    switched = any(type(new) is not type(old) and isinstance(new, torch.Tensor) for new, old in pairs)
+    switched = any(
+        type(new) is not type(old) and isinstance(new, torch.Tensor) for new, old in pairs
+    )
     return not switched and any(new is not old for new, old in pairs)
 
 

@@ -1,4 +1,4 @@
-"""Models that exchange, fuse or scale their weights in their first pass: attacked as they are, and left as they were."""
+"""Models that exchange, fuse or scale their weights in their first pass: they are left as they were."""
 
 from __future__ import annotations
 
