@@ -141,4 +141,4 @@ class Questions(TorchFunctionMode):
     def look_at(self, func: Any, args: tuple[Any, ...], caller: types.FrameType) -> None:
         """Look whether a call of a function of torch is such a question, before it runs."""
         if self.images is not None and not self.seen and reads_for_itself(func, caller):
-            self.seen = not leads_to(args[0], self.images)
+            self.seen = args[0] is not self.images and not leads_to(args[0], self.images)

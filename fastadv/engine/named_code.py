@@ -17,7 +17,7 @@ _MOST_FUNCTIONS = 500
 
 
 def named_by(model: object) -> Iterator[tuple[str, Any]]:
-    """The variables that the code of a model or of another callable names, and the functions and methods that it may call.
+    """The variables that the code of a model or another callable names, and the functions that it may call.
 
     Variables are global ones and those of the functions around the code. A method is found by its name, in any
     class of which the model holds an object.

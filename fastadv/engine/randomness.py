@@ -101,7 +101,7 @@ def can_be_watched(model: object) -> bool:
 
     Replaced functions of torch would run twice under it, and some code asks whether there is such a mode.
     """
-    return replaced_function() is None and not _is_named(model, _ABOUT_MODES)
+    return replaced_function() is None and not code_names(model, _ABOUT_MODES)
 
 
 def draws_can_be_watched(model: object) -> bool:
@@ -112,10 +112,10 @@ def draws_can_be_watched(model: object) -> bool:
 def seeds_generators(model: object) -> bool:
     """Whether the code of a model names functions that seed a generator.
 
-    `DrawWatch` sees no such call. At the first draw, a generator that the model has brought to the state that it had
-    before looks untouched.
+    `DrawWatch` sees no such call. At the first draw, a generator that the model has brought to the state that it
+    had before looks untouched.
     """
-    return _is_named(model, _SEEDING)
+    return code_names(model, _SEEDING)
 
 
 _ABOUT_MODES = frozenset(
@@ -127,11 +127,12 @@ _SEEDING = frozenset(
     ("manual_seed", "manual_seed_all", "seed", "seed_all", "seed_everything", "set_rng_state",
      "set_rng_state_all", "set_state", "fork_rng")
 )  # fmt: skip
-# What was found in the code of each callable; looked for once.
+# What was found in the code of each callable.
 _named: weakref.WeakKeyDictionary[Any, dict[frozenset[str], bool]] = weakref.WeakKeyDictionary()
 
 
-def _is_named(model: object, words: frozenset[str]) -> bool:
+def code_names(model: object, words: frozenset[str]) -> bool:
+    """As `names_one_of`; looked for once."""
     try:
         known = _named.setdefault(model, {})
     except TypeError:  # some objects have no weak references, or no hash

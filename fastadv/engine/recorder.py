@@ -115,6 +115,7 @@ class Recorder(TorchFunctionMode):
             result = model(batch)
         self._comparisons.on = False  # the model may keep sizes
         recording.comparisons = self._comparisons.seen
+        recording.hashes_sizes = self._comparisons.hashed
         if self.refusal:  # the model may have caught the exception
             raise Unrecordable(self.refusal)
         if not isinstance(result, Tensor):
@@ -172,6 +173,12 @@ class Recorder(TorchFunctionMode):
                 return watched(found, self._comparisons)
             if read == "grad_fn":  # which takes hooks that nobody sees
                 raise self._refuse("its forward looks into the graph of its gradients")
+            if (
+                read == "is_leaf"
+                and self._places.of(args[0]) == 0
+                and reads_for_itself(func, caller)
+            ):
+                raise self._refuse("its forward asks whether its images are a leaf")
             if read not in functions.TENSOR_PROPERTIES:
                 asks = reads_for_itself(func, caller) and not self._places.depends(args[0])
                 if asks and not leads_to(args[0], self.recording.images):

@@ -1,4 +1,4 @@
-"""Models that seed torch's generator themselves, as a defence with fixed noise does: attacked with their own noise."""
+"""Models that seed torch's generator themselves, as a defence with fixed noise does, keep their own noise."""
 
 from __future__ import annotations
 
