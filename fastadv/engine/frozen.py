@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import nn
@@ -237,7 +238,7 @@ def _kept_structure(
     Some models fuse their layers in their first pass, and note that they have.
     """
     # Those of a scripted module are no dicts.
-    own = [held for part in parts for held in (part._parameters, part._modules)]
+    own: list[Any] = [held for part in parts for held in (part._parameters, part._modules)]
     saved = [(held, dict(held)) for held in own if isinstance(held, dict)]
     try:
         yield

@@ -26,7 +26,7 @@ def named_by(model: object) -> Iterator[tuple[str, Any]]:
         Pairs of a name and a value.
     """
     is_module = isinstance(model, nn.Module)
-    modules = list(model.modules()) if is_module else parts_of(model)
+    modules = list(model.modules()) if isinstance(model, nn.Module) else parts_of(model)
     held = [value for module in modules for value in vars(module).values()]
     held += [] if is_module else [model]
     waiting: list[Any] = [*held, *(type(value) for value in (*modules, *held))]
