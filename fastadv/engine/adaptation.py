@@ -22,9 +22,8 @@ from fastadv.engine.frozen import kept_parameters, parameters_of
 from fastadv.engine.networks import parts_of
 from fastadv.engine.operands import leads_to
 from fastadv.engine.own_functions import reads_for_itself
-from fastadv.engine.randomness import draws_can_be_watched
+from fastadv.engine.randomness import can_be_watched, draws_can_be_watched
 from fastadv.engine.recording_mode import uncompiled
-from fastadv.engine.replaced_functions import replaced_function
 
 
 class Adaptation:
@@ -113,7 +112,7 @@ class Adaptation:
 def _can_be_asked(model: object) -> bool:
     """Whether `Questions` leaves the results of a model as they are."""
     if isinstance(model, nn.Module):
-        return replaced_function() is None
+        return can_be_watched(model)
     return draws_can_be_watched(model)
 
 
@@ -142,4 +141,4 @@ class Questions(TorchFunctionMode):
     def look_at(self, func: Any, args: tuple[Any, ...], caller: types.FrameType) -> None:
         """Look whether a call of a function of torch is such a question, before it runs."""
         if self.images is not None and not self.seen and reads_for_itself(func, caller):
-            self.seen = not leads_to(args[0], self.images)
+            self.seen = args[0] is not self.images and not leads_to(args[0], self.images)

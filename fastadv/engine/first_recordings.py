@@ -25,7 +25,9 @@ _CALLS = 8  # in which a model must do the same, to be copied
 _COUNTED_CALLS = 64  # if it counts them
 _WARMUP = 2  # most calls in which a model may do something else than ever after
 _CHANGES = "its operations change from call to call"
-_OTHER_WITHOUT_GRADIENTS = "its logits are others where no gradients are computed"
+_OTHER_WITHOUT_GRADIENTS = (
+    "its logits are others where no gradients are computed and nothing watches"
+)
 
 
 def finite(x: Tensor) -> Tensor:

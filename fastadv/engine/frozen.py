@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastadv.engine.kept_attributes import kept_attributes
 from fastadv.engine.networks import modules_of, parts_of
+from fastadv.engine.operands import storage_of
 from fastadv.engine.randomness import DrawWatch
 
+_PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -38,7 +41,8 @@ def frozen(
     Args:
         model: an ``nn.Module``, or another callable.
         train_mode: run in train instead of eval mode.
-        keep_state: put the buffers and the tensors in attributes back on leaving.
+        keep_state: put the buffers and the tensors in attributes back on leaving. If a weight or a buffer had
+            another value, all plain attributes go back, since they may tell of it.
         freeze_parameters: inside, no parameter requires grad, so that gradients of the images alone are computed.
         keep_parameters: put the values and gradients of the parameters back on leaving. Inside, they have no
             gradient.
@@ -53,22 +57,24 @@ def frozen(
     parts = parts_of(model)
     if isinstance(model, nn.Module):
         _refuse_lazy_weights(model, parts)
+    written: list[torch.Tensor] = []  # weights and buffers whose values have been put back
     with ExitStack() as stack:
         stack.enter_context(_own_parametrized_weights())
         if parts:
-            if keep_state:
-                stack.enter_context(_kept_buffers(parts))
             stack.enter_context(_in_mode(model, parts, train_mode))
             if keep_state:
                 own = modules_of(model) if keep_attributes and isinstance(model, nn.Module) else []
                 if len(own) < len(parts):
                     held = set(map(id, own))
                     hidden = [part for part in parts if id(part) not in held]
-                    stack.enter_context(kept_attributes(hidden, tensors_only=True))
+                    stack.enter_context(kept_attributes(hidden, lambda: not written))
+                    stack.enter_context(_kept_structure(hidden, lambda: bool(written)))
                 if own:
                     stack.enter_context(kept_attributes(own, tensors_only=False))
+                    stack.enter_context(_kept_structure(own))
+                stack.enter_context(_kept_buffers(parts, written))
             if keep_parameters:
-                stack.enter_context(kept_parameters(parameters_of(parts)))
+                stack.enter_context(kept_parameters(parameters_of(parts), written))
             if freeze_parameters:
                 for parameter in parameters_of(parts):
                     parameter.requires_grad_(False)
@@ -168,11 +174,16 @@ def parameters_of(parts: Sequence[nn.Module]) -> list[nn.Parameter]:
 
 
 @contextmanager
-def _kept_buffers(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Keep the buffers' identities and values, also where a module updates them in eval mode."""
+def _kept_buffers(parts: Sequence[nn.Module], written: list[torch.Tensor]) -> Iterator[None]:
+    """Keep the buffers' identities and values, also where a module updates them in eval mode.
+
+    Args:
+        parts: the modules.
+        written: gets those whose value was another one on leaving, or that were exchanged.
+    """
     modules = [(module, dict(module._buffers.items())) for module in parts]
     saved = [
-        (module, name, buffer, buffer.clone())
+        (module, name, buffer, buffer.data, buffer.clone())
         for module, buffers in modules
         for name, buffer in buffers.items()
         if buffer is not None
@@ -186,37 +197,104 @@ def _kept_buffers(parts: Sequence[nn.Module]) -> Iterator[None]:
                 continue
             for name in [n for n in module._buffers if n not in buffers]:
                 del module._buffers[name]
+            others = (b for n, b in buffers.items() if module._buffers.get(n) is not b)
+            written.extend(b for b in others if b is not None)
             module._buffers.update({n: b for n, b in buffers.items() if b is None})
-        for module, name, buffer, value in saved:
-            _put_back(buffer, value)
+        for module, name, buffer, home, value in saved:
+            if _put_back(buffer, home, value):
+                written.append(buffer)
             module._buffers[name] = buffer
 
 
 @contextmanager
-def kept_parameters(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Keep the values and gradients of parameters, which a model that adapts in its forward pass changes."""
+def kept_parameters(
+    parameters: Sequence[nn.Parameter], written: list[torch.Tensor] | None = None
+) -> Iterator[None]:
+    """Keep the values and gradients of parameters, which a model that adapts in its forward pass changes.
+
+    Args:
+        parameters: the parameters.
+        written: gets those whose value was another one on leaving.
+    """
     with_shape = [p for p in parameters if not nn.parameter.is_lazy(p)]
-    saved = [(p, p.grad, p.detach().clone()) for p in with_shape]
+    saved = [(p, p.grad, p.data, p.detach().clone()) for p in with_shape]
     try:
-        for parameter, _, _ in saved:
+        for parameter, *_ in saved:
             parameter.grad = None
         yield
     finally:
-        for parameter, grad, value in saved:
-            _put_back(parameter, value)
+        for parameter, grad, home, value in saved:
+            if _put_back(parameter, home, value) and written is not None:
+                written.append(parameter)
             parameter.grad = grad
 
 
-def _put_back(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Write the value that a tensor had.
+@contextmanager
+def _kept_structure(
+    parts: Sequence[nn.Module], goes_back: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
+    """Let modules have their parameters and submodules back, where the attributes go back that tell of them.
+
+    Some models fuse their layers in their first pass, and note that they have.
+    """
+    # Those of a scripted module are no dicts.
+    own: list[Any] = [held for part in parts for held in (part._parameters, part._modules)]
+    saved = [(held, dict(held)) for held in own if isinstance(held, dict)]
+    try:
+        yield
+    finally:
+        for held, before in saved:
+            if goes_back() and _differs(held, before):
+                held.clear()
+                held.update(before)
+
+
+def _differs(now: Mapping[str, object], before: Mapping[str, object]) -> bool:
+    """Whether the entries are others.
+
+    FSDP switches by itself between a part of a parameter, which has a type of its own, and the whole of it.
+    """
+    if now.keys() != before.keys():
+        return True
+    pairs = [(now[name], old) for name, old in before.items()]
+    switched = any(
+        type(new) is not type(old) and isinstance(new, torch.Tensor) for new, old in pairs
+    )
+    return not switched and any(new is not old for new, old in pairs)
+
+
+def _put_back(tensor: torch.Tensor, home: torch.Tensor, value: torch.Tensor) -> bool:
+    """Write the value that a tensor had, and return whether it had another one by now.
 
     `data` leaves the version counter unchanged, so that a graph made before can still be differentiated.
+
+    Args:
+        tensor: the tensor.
+        home: a tensor that shares the memory that it had. By now it may be in memory that is somebody else's, as
+            after ``weight.data = others[0]``, or have another dtype.
+        value: a copy of what was there.
     """
     if _is_freed(tensor):
-        return
+        return False
+    moved = _has_moved(tensor, home)
+    if moved:
+        tensor.data = home
     now, before = _once(tensor.data), _once(value, tensor)
-    if not _known_equal(now, before):
+    same = _known_equal(now, before)
+    if not same:
         now.copy_(before)
+    return moved or not same
+
+
+def _has_moved(tensor: torch.Tensor, home: torch.Tensor) -> bool:
+    """Whether a pass has given a tensor other memory, shape or dtype. FSDP does so, and keeps account of it."""
+    if type(tensor) not in _PLAIN_TENSORS or tensor.layout is not torch.strided:
+        return False
+    if getattr(tensor, "_fsdp_flattened", False):
+        return False
+    look = tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.storage_offset()
+    before = home.dtype, home.device, home.shape, home.stride(), home.storage_offset()
+    return look != before or storage_of(tensor) != storage_of(home)
 
 
 def _is_freed(tensor: torch.Tensor) -> bool:

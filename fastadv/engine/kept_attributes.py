@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,14 +19,16 @@ _ABSENT = object()
 
 
 @contextmanager
-def kept_attributes(parts: Sequence[nn.Module], tensors_only: bool) -> Iterator[None]:
+def kept_attributes(
+    parts: Sequence[nn.Module], tensors_only: bool | Callable[[], bool]
+) -> Iterator[None]:
     """Put back the plain attributes of modules, and the entries of the containers among them, on leaving.
 
     Args:
         parts: the modules.
         tensors_only: put back what held tensors, or holds them now, such as a neuron's voltage, with which the
             caller's next pass would begin. Other attributes stay as the passes leave them, such as a count of
-            passes.
+            passes. A function is asked on leaving.
     """
     saved = [(module, dict(vars(module))) for module in parts]
     containers = [
@@ -38,11 +40,12 @@ def kept_attributes(parts: Sequence[nn.Module], tensors_only: bool) -> Iterator[
     ]
 
     def goes_back(now: object, before: object) -> bool:
-        return not tensors_only or _holds_tensor(now) or _holds_tensor(before)
+        return not few or _holds_tensor(now) or _holds_tensor(before)
 
     try:
         yield
     finally:
+        few = tensors_only() if callable(tensors_only) else tensors_only
         for module, attributes in saved:
             current = vars(module)
             if _has_entries_of(current, attributes):

@@ -160,7 +160,7 @@ class LiveChoice:
                 )
         uses = 1 if before is None else before.uses + 1
         live = Live(obstacle, precision, reason, draws, last, adaptation, uses, _LONGER * uses)
-        if draws == "never" and randomness.draws_can_be_watched(model):
+        if draws == "never" and _draws_are_seen(model):
             live.draws = "unlikely"  # for as long as nobody looks again
         elif draws == "never":
             live.next_try = uses
@@ -177,9 +177,15 @@ def _draws(model: Model, x: Tensor, train_mode: bool) -> Draws:
     """How the random numbers of a live model are to be governed."""
     if isinstance(model, nn.Module) and not train_mode:
         images = as_model_takes(model, finite(x[:PROBES]))
-        if _draws_nothing(unwrapped(model), images):
-            return "never"
-    return "watched" if randomness.draws_can_be_watched(model) else "assumed"
+        drawn = _draws_something(unwrapped(model), images)
+        if drawn is not None:
+            return "assumed" if drawn else "never"
+    return "watched" if _draws_are_seen(model) else "assumed"
+
+
+def _draws_are_seen(model: Model) -> bool:
+    """Whether a watch of the draws can tell that the model's generator is to be seeded."""
+    return randomness.draws_can_be_watched(model) and not randomness.seeds_generators(model)
 
 
 def _is_right(
@@ -254,16 +260,18 @@ class _LenientRecorder(Recorder):
         pass
 
 
-def _draws_nothing(model: nn.Module, images: Tensor) -> bool:
-    """Whether a model is seen, from its first operation to its last, to draw no random numbers of torch's.
+def _draws_something(model: nn.Module, images: Tensor) -> bool | None:
+    """Whether a model draws random numbers of torch's; None if it was not seen to the end.
 
     Args:
         model: the live model.
         images: a few [B, ...].
     """
+    recorder = None
     try:
         with recording_mode(model):
-            _LenientRecorder(images).run(model)
-    except Exception:  # it draws, or was not seen to the end
-        return False
-    return True
+            recorder = _LenientRecorder(images)
+            recorder.run(model)
+    except Exception:
+        return True if recorder is not None and recorder.draws else None
+    return False

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from fastadv.engine.adaptation import Adaptation, Questions
 from fastadv.engine.cached_recording import CachedRecording
 from fastadv.engine.compiled_parts import unwrapped
-from fastadv.engine.engines import Engine, Model, channels_last
+from fastadv.engine.engines import Engine, InputGradient, Model, ValueOfLogits, channels_last
 from fastadv.engine.frozen import frozen
 from fastadv.engine.hidden_draws import is_torchs
 from fastadv.engine.precision import COMPUTE_DTYPES
+from fastadv.engine.randomness import code_names
 from fastadv.engine.recording import Recording
 from fastadv.engine.tape import Tape
 
+_ABOUT_LEAVES = frozenset(("is_leaf", "grad_fn"))
 Draws: TypeAlias = Literal["never", "unlikely", "watched", "assumed"]
 
 
@@ -57,14 +59,18 @@ class EagerEngine(Engine):
         self.channels_last = channels_last
         self._model: Model | None = None
         self._weights = torch.float32
+        self._hands_leaf = (
+            False  # the model may ask whether its images are a leaf, as in a plain loop
+        )
 
     @contextmanager
     def session(self, model: Model, seed: int, current: bool = False) -> Iterator[None]:
         """Freeze the live model; it is as before on leaving."""
         # Held for the session only, so that a cached engine keeps no model alive. Within it a loss may attack the
         # same network, by the same engine.
-        before = self._model, self._weights
+        before = self._model, self._weights, self._hands_leaf
         self._model, self._weights = model, _weights_dtype(model)
+        self._hands_leaf = code_names(model, _ABOUT_LEAVES)
         try:
             with frozen(
                 model,
@@ -80,22 +86,31 @@ class EagerEngine(Engine):
                 finally:
                     self._adaptation.end()  # before the parameters get their flags back
         finally:
-            self._model, self._weights = before
+            self._model, self._weights, self._hands_leaf = before
 
     def images(self, x: Tensor) -> Tensor:
         """As in `Engine.images`, channels-last where the model takes that."""
         images = super().images(x)
         return channels_last(images) if self.channels_last else images
 
+    def _differentiated(
+        self, x: Tensor, value_of: ValueOfLogits, differentiate: Callable[..., Any]
+    ) -> InputGradient:
+        images = x.clone() if self._hands_leaf else x
+        return super()._differentiated(images, value_of, differentiate)
+
+    def _own_images(self, x: Tensor) -> Tensor:
+        return x if self._hands_leaf and x.requires_grad else x.clone()
+
     def _forward(self, x: Tensor) -> Tensor:
         """Logits; the model gets images of its own, so that it may write to them."""
         assert self._model is not None
         with self._adaptation.found_out(self._model, x), naming_dtypes(self._model, x):
             if self._dtype == torch.float32:
-                return self._model(_in_dtype_of(self._weights, x).clone())
+                return self._model(self._own_images(_in_dtype_of(self._weights, x)))
             with torch.autocast(x.device.type, self._dtype):
                 try:
-                    return self._model(x.clone())
+                    return self._model(self._own_images(x))
                 finally:
                     # Else it lasts to the end of the attack, with weights that a model has since changed.
                     torch.clear_autocast_cache()

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastadv.engine.networks import parts_of
+
 _MOST_FUNCTIONS = 500
 
 
-def named_by(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The variables that the code of a model names, and the functions and methods that it may call.
+def named_by(model: object) -> Iterator[tuple[str, Any]]:
+    """The variables that the code of a model or another callable names, and the functions that it may call.
 
     Variables are global ones and those of the functions around the code. A method is found by its name, in any
     class of which the model holds an object.
@@ -23,8 +25,10 @@ def named_by(model: nn.Module) -> Iterator[tuple[str, Any]]:
     Returns:
         Pairs of a name and a value.
     """
-    modules = list(model.modules())
+    is_module = isinstance(model, nn.Module)
+    modules = list(model.modules()) if isinstance(model, nn.Module) else parts_of(model)
     held = [value for module in modules for value in vars(module).values()]
+    held += [] if is_module else [model]
     waiting: list[Any] = [*held, *(type(value) for value in (*modules, *held))]
     kinds: dict[type, dict[str, Any]] = {}  # with their attributes
     names = {"forward", "__call__"}
@@ -67,6 +71,13 @@ def asks_for_gradients(model: nn.Module) -> bool:
         if value is torch.is_grad_enabled or (code and not _QUESTIONS.isdisjoint(_names_in(code))):
             return True
     return False
+
+
+def names_one_of(model: object, words: frozenset[str]) -> bool:
+    """Whether the code of a model or of another callable names one of some variables, functions or attributes."""
+    functions = (_function_of(value) for _, value in named_by(model))
+    codes = (getattr(inspect.unwrap(f), "__code__", None) for f in functions if f is not None)
+    return any(code and not words.isdisjoint(_names_in(code)) for code in codes)
 
 
 _QUESTIONS = frozenset(("is_grad_enabled", "is_inference_mode_enabled", "requires_grad"))

@@ -215,7 +215,7 @@ def _in_words(parted: float, distance: float, precision: str, name: str) -> str 
 
 
 def agrees(
-    engine: Engine, recording: Recording, model: nn.Module, with_gradient: bool, by_mode: bool
+    engine: Engine, recording: Recording, model: nn.Module, with_gradient: bool, plain_pass: bool
 ) -> bool:
     """Whether an engine's logits are the live model's; where the recording has a graph, also the gradients.
 
@@ -224,7 +224,7 @@ def agrees(
         recording: of now.
         model: the recorded model.
         with_gradient: whether to compare gradients.
-        by_mode: as in `fastadv.engine.tape.Tape`.
+        plain_pass: whether to compare the logits of a pass without gradients as well.
     """
     images = recording.images.detach()
     try:
@@ -233,7 +233,7 @@ def agrees(
             fault = evidence_of(recording, model, engine.precision).against(engine)
             if fault is not None:
                 return False
-        if by_mode and not agrees_without_gradients(engine, model, images, logits):
+        if plain_pass and not agrees_without_gradients(engine, model, images, logits):
             return False
     except Exception:  # as when building
         return False

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastadv.engine.compiled_parts import is_compiled_wrapper
 from fastadv.engine.hidden_draws import gradient_runs_others_code, may_hide_draws
-from fastadv.engine.named_code import content_of, named_by
+from fastadv.engine.named_code import content_of, named_by, names_one_of
 from fastadv.engine.networks import attributes_of
 from fastadv.engine.operands import marked_by, tensors_in
 from fastadv.engine.replaced_functions import replaced_function
@@ -96,12 +96,50 @@ class DrawWatch(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def draws_can_be_watched(model: object) -> bool:
-    """Whether `DrawWatch` sees a model's draws: it sees no scripted or compiled parts, and no other threads.
+def can_be_watched(model: object) -> bool:
+    """Whether a model or another callable computes the same while a `TorchFunctionMode` watches.
 
-    Replaced functions of torch would run twice under it.
+    Replaced functions of torch would run twice under it, and some code asks whether there is such a mode.
     """
-    return replaced_function() is None and not _reaches_hidden_draws(model, set(), depth=4)
+    return replaced_function() is None and not code_names(model, _ABOUT_MODES)
+
+
+def draws_can_be_watched(model: object) -> bool:
+    """Whether `DrawWatch` sees a model's draws: it sees no scripted or compiled parts, and no other threads."""
+    return can_be_watched(model) and not _reaches_hidden_draws(model, set(), depth=4)
+
+
+def seeds_generators(model: object) -> bool:
+    """Whether the code of a model names functions that seed a generator.
+
+    `DrawWatch` sees no such call. At the first draw, a generator that the model has brought to the state that it
+    had before looks untouched.
+    """
+    return code_names(model, _SEEDING)
+
+
+_ABOUT_MODES = frozenset(
+    ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic",
+     "_get_current_function_mode_stack", "_get_current_function_mode", "_len_torch_function_stack",
+     "_is_torch_function_mode_enabled")
+)  # fmt: skip
+_SEEDING = frozenset(
+    ("manual_seed", "manual_seed_all", "seed", "seed_all", "seed_everything", "set_rng_state",
+     "set_rng_state_all", "set_state", "fork_rng")
+)  # fmt: skip
+# What was found in the code of each callable.
+_named: weakref.WeakKeyDictionary[Any, dict[frozenset[str], bool]] = weakref.WeakKeyDictionary()
+
+
+def code_names(model: object, words: frozenset[str]) -> bool:
+    """As `names_one_of`; looked for once."""
+    try:
+        known = _named.setdefault(model, {})
+    except TypeError:  # some objects have no weak references, or no hash
+        known = {}
+    if words not in known:
+        known[words] = names_one_of(model, words)
+    return known[words]
 
 
 def _hides_draws(part: object) -> bool:

@@ -87,6 +87,7 @@ class Recorder(TorchFunctionMode):
         inside: how many autograd functions, or functions of torch, run now; each is recorded as one operation.
         profile: Python's profile function during this pass; None if it has none.
         refusal: why no copy can be made; empty where nothing speaks against it.
+        draws: whether the model was seen to draw a random number of torch's.
     """
 
     def __init__(self, images: Tensor, gradients: bool = True) -> None:
@@ -96,7 +97,7 @@ class Recorder(TorchFunctionMode):
         self._ragged: set[int] = set()  # places of tensors whose shape depends on values
         # The arguments of the function that has just run, as `referred` gives them, if `call` has asked.
         self._referred: tuple[Any, Any] | None = None
-        self.inside, self.refusal = 0, ""
+        self.inside, self.refusal, self.draws = 0, "", False
         self.profile: Callable[..., object] | None = None
         self._handling = 0  # of functions of torch, whose operators are seen with them
         self._comparisons = SizeComparisons()
@@ -114,6 +115,7 @@ class Recorder(TorchFunctionMode):
             result = model(batch)
         self._comparisons.on = False  # the model may keep sizes
         recording.comparisons = self._comparisons.seen
+        recording.hashes_sizes = self._comparisons.hashed
         if self.refusal:  # the model may have caught the exception
             raise Unrecordable(self.refusal)
         if not isinstance(result, Tensor):
@@ -172,6 +174,12 @@ class Recorder(TorchFunctionMode):
             # Which takes hooks that nobody sees.
             if read == "grad_fn" and not is_checkpoint(caller):
                 raise self._refuse("its forward looks into the graph of its gradients")
+            if (
+                read == "is_leaf"
+                and self._places.of(args[0]) == 0
+                and reads_for_itself(func, caller)
+            ):
+                raise self._refuse("its forward asks whether its images are a leaf")
             if read not in functions.TENSOR_PROPERTIES:
                 asks = reads_for_itself(func, caller) and not self._places.depends(args[0])
                 if asks and not leads_to(args[0], self.recording.images):
@@ -227,6 +235,7 @@ class Recorder(TorchFunctionMode):
         device = self.recording.images.device
         result, drawn = watched_for_draws(lambda: func(*args, **kwargs), device)
         if drawn:
+            self.draws = True
             raise self._refuse(f"its forward draws random numbers (in {func})")
         return result
 
@@ -234,6 +243,7 @@ class Recorder(TorchFunctionMode):
         self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         if randomness.draws(func, name, args, kwargs):
+            self.draws = True
             raise self._refuse(f"its forward draws random numbers ({name})")
 
     def _check_what_stays(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -82,6 +82,7 @@ class Recording:
         autocast: whether the forward pass enters autocast.
         own_functions: whether it calls an autograd function of its own.
         comparisons: comparisons of sizes by the model's code, as in `SizeComparisons.seen`.
+        hashes_sizes: as in `SizeComparisons.hashed`.
         forward_seconds: of a plain forward pass of the model, for each image; 0 if none was timed.
     """
 
@@ -100,6 +101,7 @@ class Recording:
     autocast: bool = False
     own_functions: bool = False
     comparisons: list[float] = field(default_factory=list)
+    hashes_sizes: bool = False
     forward_seconds: float = 0.0
 
     def external(self) -> list[int]:

@@ -24,8 +24,19 @@ def recording_mode(model: nn.Module) -> Iterator[None]:
         Unrecordable: the model has backward hooks.
     """
     _refuse_backward_hooks(model)
-    with frozen(model, keep_attributes=True), uncompiled(model):
+    with frozen(model, keep_attributes=True), uncompiled(model), _kept_seed():
         yield
+
+
+@contextmanager
+def _kept_seed() -> Iterator[None]:
+    """Put torch's generator back if the model seeds it. Other threads may draw meanwhile, but hardly ever seed."""
+    seed, state = torch.initial_seed(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        if torch.initial_seed() != seed:
+            torch.set_rng_state(state)
 
 
 def _refuse_backward_hooks(model: nn.Module) -> None:

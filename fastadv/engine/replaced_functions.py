@@ -43,6 +43,9 @@ class _Home:
     def __init__(self, name: str, place: Any, original: Any = None) -> None:
         self._name, self._now, self._original = name, vars(place), original
         self._then = {key: value for key, value in self._now.items() if callable(value)}
+        # Those that others had replaced by then, as far as the home has no compiled code to tell.
+        theirs = [key for key, value in self._then.items() if _is_of_others(value)]
+        self._earlier = [k for k in theirs if name != "torch" or k in torch.functional.__all__]
         # The values last seen and what was found in them: one attribute, as several threads may ask at once.
         self._latest: tuple[list[Any], str | None] = ([], None)
 
@@ -60,6 +63,8 @@ class _Home:
         return key not in _NOT_COMPUTING
 
     def _search(self) -> Iterator[str]:
+        if any(_is_of_others(self._now.get(key)) for key in self._earlier):
+            yield from self._replaced_earlier()
         for key, value in [*self._now.items()]:  # other threads may import parts of torch
             built_in = getattr(self._original, key, None)
             then = self._then.get(key, built_in)
@@ -72,14 +77,43 @@ class _Home:
             if not known and _is_other(value, then):
                 yield f"{self._name}.{key}"
 
+    def _replaced_earlier(self) -> Iterator[str]:
+        """Functions that others had replaced before the import. Torch lists its own names as overridable."""
+        names = _overridable_names()
+        for key in self._earlier:
+            is_torchs_name = f"{self._name}.{key}" in names and key not in _NOT_COMPUTING
+            if is_torchs_name and _is_of_others(self._now.get(key)):
+                yield f"{self._name}.{key}"
 
-def _is_other(value: Any, then: Any) -> bool:
-    """Whether a function is none of torch's, or another one of torch's."""
+
+def _overridable_names() -> set[str]:
+    """The names of torch's functions that a mode sees, such as "torch.nn.functional.relu"."""
+    listed = set(map(id, torch.overrides.get_testing_overrides()))  # in .1 s, and seldom needed
+    found = {f"torch.{key}" for key in torch.functional.__all__}
+    for name, place in (("torch.nn.functional", F), ("torch.Tensor", torch.Tensor)):
+        found |= {f"{name}.{key}" for key, value in [*vars(place).items()] if id(value) in listed}
+    return found
+
+
+def _is_of_others(value: Any) -> bool:
+    """Whether a function is none of torch's, and no type that torch imports."""
+    if not callable(value) or isinstance(value, type):
+        return False
+    return _home_of(value) not in (*_OWN, "typing", "typing_extensions")
+
+
+def _home_of(value: Any) -> str:
+    """The package of a function."""
     if isinstance(value, types.FunctionType):
         home = value.__globals__.get("__name__", "")
     else:
         home = "torch" if isinstance(value, _BUILT_IN) else type(value).__module__
-    if str(home).split(".")[0] not in _OWN:
+    return str(home).split(".")[0]
+
+
+def _is_other(value: Any, then: Any) -> bool:
+    """Whether a function is none of torch's, or another one of torch's."""
+    if _home_of(value) not in _OWN:
         return True
     return getattr(value, "__name__", "") != getattr(then, "__name__", "")
 
@@ -95,3 +129,12 @@ _HOMES = (
 def replaced_function() -> str | None:
     """The name of a function of torch that others have replaced, such as "torch.relu"; None if there is none."""
     return next(filter(None, (home.replaced() for home in _HOMES)), None)
+
+
+def registered_kernels() -> int:
+    """The number of kernels that Python code has registered for operators, as ``torch.library.impl`` does.
+
+    Such a kernel may change the gradient of an operator and leave its result, which no comparison of logits shows.
+    So a copy is proven anew, gradients included, when this number is another one.
+    """
+    return len(torch.library._impls)

@@ -43,6 +43,7 @@ from fastadv.engine.matrix_products import live_is_known_to_win
 from fastadv.engine.precision import fast_bf16
 from fastadv.engine.proof_schedule import ProofSchedule, Trial
 from fastadv.engine.recorder import record
+from fastadv.engine.replaced_functions import registered_kernels
 from fastadv.engine.request import EngineRequest
 from fastadv.float32 import full_float32
 
@@ -204,7 +205,9 @@ class EngineCache:
                 if with_gradient and not recording.gradients:
                     shown = copy.with_gradients(model, x, careful) or recording
                 with engine.session(model, 0, current=True):
-                    agrees = proof.agrees(engine, shown, model, with_gradient, copy.tape.by_mode)
+                    agrees = proof.agrees(
+                        engine, shown, model, with_gradient, copy.tape.needs_plain_pass
+                    )
                 if not agrees:
                     kept.remove(copy)
                     self._parted[kind, engine.precision] += 1
@@ -220,7 +223,7 @@ class EngineCache:
 
 
 def _kind(x: Tensor, request: EngineRequest) -> tuple[Hashable, ...]:
-    return (x.device, x.dtype, x.shape[1:], request)
+    return (x.device, x.dtype, x.shape[1:], request, registered_kernels())
 
 
 def _narrowest(request: EngineRequest, model: Model, x: Tensor) -> str:

@@ -45,6 +45,7 @@ class Tape:
         warmup: calls in which the model may do something else, before each recording.
         by_mode: whether the model's code asks whether gradients are computed. It may then do something else
             without them, though recordings, which have them, show no change.
+        hashes_sizes: as in `Recording`. The model may then take another tensor from a cache where nothing watches.
     """
 
     ops: tuple[RecordedOp, ...]
@@ -57,11 +58,17 @@ class Tape:
     comparisons: tuple[float | None, ...] | None
     warmup: int = 0
     by_mode: bool = False
+    hashes_sizes: bool = False
 
     @property
     def decides_by_batch(self) -> bool:
         """Whether the model's code may decide by the batch size, so that few images do not tell for many."""
         return self.comparisons is None or None in self.comparisons
+
+    @property
+    def needs_plain_pass(self) -> bool:
+        """Whether a proof also needs the logits of a pass without gradients, which nothing watches."""
+        return self.by_mode or self.hashes_sizes
 
     @property
     def holds_for_any_batch(self) -> bool:
@@ -170,6 +177,7 @@ def _tape(
         recording.own_functions,
         recording.autocast,
         comparisons,
+        hashes_sizes=recording.hashes_sizes,
     )
 
 

@@ -31,6 +31,7 @@ from fastadv.engine.convolution_kernels import (
 )
 from fastadv.engine.cpu_training import serves_weight_gradient
 from fastadv.engine.packed_convolution import make_kernel
+from fastadv.engine.replaced_functions import replaced_function
 from fastadv.engine.training_norm import fast_batch_norm
 
 _BF16 = torch.bfloat16
@@ -85,17 +86,26 @@ class TrainingConvolutions(TorchFunctionMode):
 
     Weights are packed once within one context, unless they change. The object may be entered again and again; it
     keeps the memory for the packed filters.
+
+    While others have replaced a function of torch, nothing is served: under a mode a replacement may run twice.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._layers: dict[int, _ServedConv] = {}  # by id of the weight
         self._use = 0
+        self._serves: list[bool] = []  # of the contexts that are open
 
     def __enter__(self) -> Any:
         """Begin a pass, whose weights may have changed since the last one in any way."""
         self._use += 1
-        return super().__enter__()
+        self._serves.append(replaced_function() is None)
+        return super().__enter__() if self._serves[-1] else self
+
+    def __exit__(self, *error: Any) -> None:
+        """End a pass."""
+        if self._serves.pop():
+            super().__exit__(*error)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -17,11 +17,12 @@ class SizeComparisons:
     Attributes:
         seen: for each comparison, the size, or its distance from the number with which it was compared.
         on: whether comparisons are noted now; torch's own code does not count.
+        hashed: whether a size was the key of a cache. `functools.lru_cache` tells it from a plain integer.
     """
 
     def __init__(self) -> None:
         self.seen: list[float] = []
-        self.on = True
+        self.on, self.hashed = True, False
 
     def note(self, value: float) -> None:
         """Add a comparison."""
@@ -101,7 +102,6 @@ _COMPUTING = ["add", "sub", "mul", "floordiv", "mod", "divmod", "pow", "truediv"
 _COMPARING = ["eq", "ne", "lt", "le", "gt", "ge"]
 _SHOWING = [
     "bool",
-    "hash",
     "int",
     "float",
     "str",
@@ -115,9 +115,18 @@ _SHOWING = [
 ]
 _BITWISE = ["and", "or", "xor", "lshift", "rshift"]
 
+
+def _hash(self: WatchedSize) -> int:
+    comparisons = self._comparisons
+    comparisons.note(self.plain())
+    comparisons.hashed = comparisons.hashed or comparisons.on
+    return int.__hash__(self)
+
+
 for _name in (*_COMPUTING, *(f"r{name}" for name in _COMPUTING), "neg", "pos", "abs"):
     setattr(WatchedSize, f"__{_name}__", _computes(f"__{_name}__"))
 for _name in _COMPARING:
     setattr(WatchedSize, f"__{_name}__", _compares(f"__{_name}__"))
 for _name in (*_SHOWING, *_BITWISE, *(f"r{name}" for name in _BITWISE)):
     setattr(WatchedSize, f"__{_name}__", _shows(f"__{_name}__"))
+setattr(WatchedSize, "__hash__", _hash)  # noqa: B010, to mypy it is no attribute of an instance

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -135,3 +137,58 @@ def test_what_others_replaced_before_the_import_is_found() -> None:
         relu = torch.relu
 
     assert _Home("torch", Place, BuiltIn).replaced() == "torch.relu"
+
+
+EARLIER = """
+import sys, torch, torch.nn.functional as F
+place = {"F": F, "torch": torch, "Tensor": torch.Tensor}[sys.argv[1]]
+original = getattr(place, sys.argv[2])
+def theirs(x, *args, **kwargs):
+    return original(x * x.abs(), *args, **kwargs)
+theirs.__name__ = sys.argv[2]
+F.of_ours = theirs  # replaces nothing
+if sys.argv[3] == "replaced":
+    setattr(place, sys.argv[2], theirs)
+import fastadv
+from fastadv.engine.replaced_functions import replaced_function
+from torch import nn
+torch.manual_seed(0)
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(288, 4)
+    def forward(self, x):
+        x = F.interpolate(x, scale_factor=1.0) + x.norm(dim=1, keepdim=True)
+        x = x + torch.einsum("bchw,bdhw->bchw", x, x)
+        return self.last(F.relu(self.norm(self.conv(x))).flatten(1))
+model, x, y = Model().eval(), torch.rand(4, 3, 8, 8), torch.arange(4)
+leaf = x.clone().requires_grad_()
+wanted = torch.autograd.grad(F.cross_entropy(model(leaf), y), leaf)[0].sign()
+for attacked in (model, lambda x: model(x)):
+    attack = fastadv.PGD(attacked, 0.01, 0.01, 1, False, bounds=(-1.0, 2.0))
+    for _ in range(2):
+        assert float(((attack(x, y) - x).sign() == wanted).float().mean()) > 0.99
+print(replaced_function())
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "found"),
+    [
+        ("F", "relu", "torch.nn.functional.relu"),
+        ("F", "batch_norm", "torch.nn.functional.batch_norm"),
+        ("F", "interpolate", "torch.nn.functional.interpolate"),
+        ("Tensor", "norm", "torch.Tensor.norm"),
+        ("", "", "None"),
+    ],
+)
+def test_a_function_in_python_that_was_replaced_before_the_import_is_attacked(
+    place: str, name: str, found: str
+) -> None:
+    """Such functions hand themselves to a mode by their name, so that the replacement ran twice."""
+    words = [place, name, "replaced"] if name else ["F", "relu", "left alone"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", EARLIER, *words], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == found

@@ -156,3 +156,30 @@ def test_all_else_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
             nn.Conv2d(512, 256, 3, padding="same").double().float()(x)
             conv.requires_grad_(False)(x.requires_grad_())
             make_conv(SHAPES[5])[0](torch.rand(2, 3, 12, 12))
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "conv2d"])
+def test_replaced_functions_are_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a mode a replacement that calls the original would run twice."""
+    original, calls = getattr(F, name), []
+
+    def theirs(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(name)
+        return original(2 * x, *args, **kwargs)
+
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32, eps=1.0), nn.Conv2d(32, 32, 3))
+    mode = TrainingConvolutions()
+    monkeypatch.setattr(F, name, theirs)
+    x = torch.rand(4, 3, 8, 8)
+    wanted, gradients = passed(layers, x, nullcontext())
+    count = len(calls)
+    for _ in range(2):
+        out, found = passed(layers, x, mode)
+        assert torch.equal(out, wanted)
+        assert all(map(torch.equal, found, gradients))
+    assert count > 0 and len(calls) == 3 * count
+    monkeypatch.undo()
+    with mode:
+        assert mode in torch.overrides._get_current_function_mode_stack()
+    assert mode not in torch.overrides._get_current_function_mode_stack()
