@@ -170,7 +170,7 @@ class Ranks:
         No rank has the sum before each has sent its part. A barrier of nccl would guess which GPU is this rank's.
         """
         if self.world_size > 1:
-            self.sum(torch.zeros(1, device=self.device)).tolist()
+            self.sum(torch.zeros(1, dtype=torch.float32, device=self.device)).tolist()
 
 
 def group_of_caller(device: torch.device) -> Ranks:

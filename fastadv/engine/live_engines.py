@@ -59,9 +59,8 @@ class EagerEngine(Engine):
         self.channels_last = channels_last
         self._model: Model | None = None
         self._weights = torch.float32
-        self._hands_leaf = (
-            False  # the model may ask whether its images are a leaf, as in a plain loop
-        )
+        # Whether the model may ask if its images are a leaf. They are one in a plain loop.
+        self._hands_leaf = False
 
     @contextmanager
     def session(self, model: Model, seed: int, current: bool = False) -> Iterator[None]:

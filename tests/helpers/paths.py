@@ -13,4 +13,7 @@ ROOT = TESTS.parent
 def environment(**variables: str) -> dict[str, str]:
     """This process's environment, with the helpers importable, and with more variables."""
     found = (str(TESTS), str(HELPERS), os.environ.get("PYTHONPATH", ""))
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(found), **variables}
+    whole = {**os.environ, "PYTHONPATH": os.pathsep.join(found), **variables}
+    # pytest-benchmark would take a process of its own for a worker of pytest-xdist, and not measure in it.
+    whole.pop("PYTEST_XDIST_WORKER", None)
+    return whole
