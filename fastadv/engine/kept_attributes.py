@@ -40,12 +40,12 @@ def kept_attributes(
     ]
 
     def goes_back(now: object, before: object) -> bool:
-        return not few or _holds_tensor(now) or _holds_tensor(before)
+        return not only_tensors or _holds_tensor(now) or _holds_tensor(before)
 
     try:
         yield
     finally:
-        few = tensors_only() if callable(tensors_only) else tensors_only
+        only_tensors = tensors_only() if callable(tensors_only) else tensors_only
         for module, attributes in saved:
             current = vars(module)
             if _has_entries_of(current, attributes):

@@ -48,7 +48,7 @@ from fastadv.trainers.settings import Settings
 from fastadv.trainers.teachers import Architectures, Teachers, load_teachers, teacher_templates
 from fastadv.trainers.trackers import make_trackers
 from fastadv.trainers.training_batches import build_loader
-from fastadv.trainers.unused import check_all_used
+from fastadv.trainers.unused import check_all_used, warn_of_late_drop
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,7 @@ def train(
         resume, overwrite = True, False
     if not resume:
         check_all_used(method_class, recipe)
+        warn_of_late_drop(recipe)
     _check_run_directory(run, resume, overwrite)
     where = own_device(choose_device(device))
     splits = load_dataset(data, root) if isinstance(data, str) else data

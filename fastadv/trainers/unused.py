@@ -17,7 +17,7 @@ _Condition: TypeAlias = tuple[bool, str, list[str]]
 
 
 def check_all_used(method: MethodClass, recipe: Recipe, preset: str | None = None) -> None:
-    """Refuse a number that the caller chose and that has no effect; warn of a schedule that drops after the run.
+    """Refuse a number that the caller chose and that has no effect.
 
     Args:
         method: the training method.
@@ -35,11 +35,17 @@ def check_all_used(method: MethodClass, recipe: Recipe, preset: str | None = Non
         value = getattr(recipe, name, None)
         if all(value != getattr(default, name, None) for default in defaults):
             raise ValueError(f"{name} has no effect {reason}, got {value}")
-    # No error: a short trial of a long run is usual.
+
+
+def warn_of_late_drop(recipe: Recipe) -> None:
+    """Warn of a schedule that leaves the learning rate as it is until the end of the run.
+
+    This is no error, because a short trial of a long run is usual. The warning is shown for the caller's caller.
+    """
     if _first_drop(recipe.schedule) >= recipe.epochs:
         warnings.warn(
             f"schedule does not change the learning rate within {recipe.epochs} epochs, got {recipe.schedule}",
-            stacklevel=2,
+            stacklevel=3,
         )
 
 

@@ -30,7 +30,7 @@ from fastadv.trainers import (
     train,
 )
 from fastadv.trainers.fast import FastRecipe
-from fastadv.trainers.unused import check_all_used
+from fastadv.trainers.unused import check_all_used, warn_of_late_drop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RADIUS = {"norm": "l2", "random_start": False, "l2_start": "radius"}
@@ -222,7 +222,18 @@ def test_a_schedule_whose_first_drop_comes_too_late_is_named(
     kind = find_method("pgd_at")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        check_all_used(kind, kind.recipe_class(epochs=epochs, schedule=schedule))
+        warn_of_late_drop(kind.recipe_class(epochs=epochs, schedule=schedule))
     assert [f"learning rate within {epochs} epochs" in str(w.message) for w in told] == [
         True
     ] * is_late
+
+
+def test_a_run_tells_of_a_late_drop_once(tmp_path: Path) -> None:
+    words = (
+        "train pgd_at --data digits --model small_cnn --epochs 1 --train_images 32 --batch_size 32"
+    )
+    words += " --monitor_images 8 --steps 1 --quiet --schedule MultiStep --schedule.milestones [5]"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert main([*words.split(), "--run", str(tmp_path)]) == 0
+    assert len([w for w in told if "does not change the learning rate" in str(w.message)]) == 1
