@@ -18,10 +18,10 @@
 #   bench/gpu.sh -s 215 OUTDIR throughput                 expected: 190 s, half of them for each table
 #   bench/gpu.sh -s 235 OUTDIR test sanitize ops          at most: test 101 s, memcheck 39 s, racecheck 31 s, ops 62 s,
 #                                                         and what the stages before have left over
-# The time of a call includes the seconds for which an interrupted stage may tell what it has found, so that a call that
-# is ended from outside after -s has lost nothing. That is 665 s and leaves about two minutes to repeat a stage. The expected times are estimates from the stages' own
-# limits, and no GPU has confirmed them. On a machine that is new at the second or third call, begin the call with
-# -w WHEEL and the stage build again.
+# The three calls take 665 s, and leave about two minutes to repeat a stage. The expected times are estimates from the
+# stages' own limits, and no GPU has confirmed them. The time of a call includes the seconds for which an interrupted
+# stage may tell what it has found, so that a call that is ended from outside after -s has lost nothing. On a machine that
+# is new at the second or third call, begin the call with -w WHEEL and the stage build again.
 # A machine with nvcc and the same release of torch, built for CUDA, makes the wheel, without a GPU:
 #   pip wheel . --no-build-isolation --no-deps -C cmake.define.FASTADV_CUDA=ON -C cmake.define.FASTADV_CUDA_ARCHITECTURES=90
 #

@@ -63,16 +63,14 @@ def rows_steps(
         covered: nodes that have a step.
         relu_behind: the ReLU that alone uses a node.
     """
-    if not copy.is_narrow:
-        return _float_steps(copy, nodes, parts, covered, relu_behind)
-    if not (cpu_channels.available() and convolution.onednn_available()):
+    if not _has_kernels(copy):
         return []
     steps = dense_steps(nodes, parts, covered, relu_behind)
     for node in nodes:
         if node in covered:
             continue
         part = parts.get(node)
-        if isinstance(part, CopiedLinear):
+        if copy.is_narrow and isinstance(part, CopiedLinear):
             steps.extend(_linear_steps(node, part, copy, covered))
             covered.add(node)
             continue
@@ -80,8 +78,7 @@ def rows_steps(
             _norm_step(node, part, copy)
             or _activation_step(node, copy)
             or _view_step(node, copy)
-            or _attention_step(node, part, copy)
-            or _unbind_step(node, copy)
+            or _narrow_step(node, part, copy)
             or _pair_step(node, copy)
         )
         if step is not None:
@@ -90,30 +87,18 @@ def rows_steps(
     return steps
 
 
-def _float_steps(
-    copy: AttackCopy,
-    nodes: list[fx.Node],
-    parts: dict[fx.Node, nn.Module],
-    covered: set[fx.Node],
-    relu_behind: Callable[[fx.Node], fx.Node | None],
-) -> list[ProgramStep]:
-    """The part of `rows_steps` for float32."""
-    if not convolution.available() or copy.dtype != torch.float32:
-        return []
-    steps = dense_steps(nodes, parts, covered, relu_behind)
-    for node in nodes:
-        if node in covered:
-            continue
-        step = (
-            _norm_step(node, parts.get(node), copy)
-            or _activation_step(node, copy)
-            or _view_step(node, copy)
-            or _pair_step(node, copy)
-        )
-        if step is not None:
-            steps.append(step)
-            covered.add(node)
-    return steps
+def _has_kernels(copy: AttackCopy) -> bool:
+    """Whether this processor has the passes over rows in the dtype of a copy."""
+    if copy.is_narrow:
+        return cpu_channels.available() and convolution.onednn_available()
+    return convolution.available() and copy.dtype == torch.float32
+
+
+def _narrow_step(node: fx.Node, part: nn.Module | None, copy: AttackCopy) -> ProgramStep | None:
+    """A step that there is for bfloat16 alone."""
+    if not copy.is_narrow:
+        return None
+    return _attention_step(node, part, copy) or _unbind_step(node, copy)
 
 
 def _linear_steps(
